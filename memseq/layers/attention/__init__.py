@@ -1,0 +1,1 @@
+"""Memories that keep every key and value: softmax attention and its cache."""

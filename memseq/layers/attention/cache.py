@@ -1,0 +1,90 @@
+"""The key-value cache of softmax attention, as a layer's state."""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from memseq.layers.common.base import no_segment
+
+
+@struct.dataclass
+class SoftmaxAttentionState:
+    """Keys and values of the segment that goes on.
+
+    Attributes:
+        key, value: [batch, slots, kv_heads, head_dim]; keys as attention reads them (rotated).
+        position: int32 [batch, slots], position of a slot's token in its segment, -1 if empty.
+        length: int32 [batch], positions of the segment so far.
+        conv: tail of the short convolution, [batch, conv_width - 1, channels].
+        segment: int32 [batch], id of the segment, -1 for none yet.
+        grows: each call adds as many slots as it has steps (the cache of `state=None`).
+    """
+
+    key: jax.Array
+    value: jax.Array
+    position: jax.Array
+    length: jax.Array
+    conv: jax.Array
+    segment: jax.Array
+    grows: bool = struct.field(pytree_node=False, default=False)
+
+
+def empty_cache(batch, slots, heads, head_dim, conv, dtype, grows) -> SoftmaxAttentionState:
+    """A cache of `slots` positions with nothing in it."""
+    return SoftmaxAttentionState(
+        key=jnp.zeros((batch, slots, heads, head_dim), dtype),
+        value=jnp.zeros((batch, slots, heads, head_dim), dtype),
+        position=jnp.full((batch, slots), -1, jnp.int32),
+        length=jnp.zeros((batch,), jnp.int32),
+        conv=conv,
+        segment=no_segment(batch),
+        grows=grows,
+    )
+
+
+def grown(state: SoftmaxAttentionState, by: int) -> SoftmaxAttentionState:
+    """The cache with `by` more empty slots."""
+    wider = [(0, 0), (0, by)]
+    return state.replace(
+        key=jnp.pad(state.key, wider + [(0, 0)] * 2),
+        value=jnp.pad(state.value, wider + [(0, 0)] * 2),
+        position=jnp.pad(state.position, wider, constant_values=-1),
+    )
+
+
+def store(
+    state: SoftmaxAttentionState,
+    key: jax.Array,
+    value: jax.Array,
+    position: jax.Array,
+    valid: jax.Array,
+    index: jax.Array,
+    window: int | None,
+    sink_tokens: int,
+) -> SoftmaxAttentionState:
+    """Puts a call's last segment into the cache; earlier segments will never be read again.
+
+    key, value [batch, time, heads, dim]; position, valid, index [batch, time], with `index` 0 for
+    the segment that the cache holds. With a window the slots are a ring behind the sink tokens.
+    """
+    rows = jnp.arange(position.shape[0])[:, None]
+    slots = state.position.shape[1]
+    last = index[:, -1:]
+    current = valid & (index == last)
+    length = jnp.where(last[:, 0] > 0, 0, state.length)
+    length = jnp.maximum(length, jnp.max(jnp.where(current, position + 1, 0), axis=1, initial=0))
+    slot, keep = position, current
+    if window is not None:
+        ring = slots - sink_tokens
+        slot = jnp.where(
+            position < sink_tokens, position, sink_tokens + (position - sink_tokens) % ring
+        )
+        keep &= (position < sink_tokens) | (position >= length[:, None] - ring)
+    slot = jnp.where(keep & (slot < slots), slot, slots)  # out of range: dropped
+    held = jnp.where(last > 0, -1, state.position)
+    return state.replace(
+        key=state.key.at[rows, slot].set(key.astype(state.key.dtype), mode="drop"),
+        value=state.value.at[rows, slot].set(value.astype(state.value.dtype), mode="drop"),
+        position=held.at[rows, slot].set(position, mode="drop"),
+        length=length,
+    )

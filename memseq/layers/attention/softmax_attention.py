@@ -1,0 +1,196 @@
+"""Softmax attention with a key-value cache."""
+
+from typing import ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from memseq.layers.attention.cache import SoftmaxAttentionState, empty_cache, grown, store
+from memseq.layers.common.base import SequenceLayer, enter, leave
+from memseq.layers.common.parts import RMSNorm, ShortConv, conv_tail, merge_heads, split_heads
+from memseq.pallas_kernels import attention
+from memseq.pallas_kernels.common.segments import Segments, segment_positions, segments
+
+
+class SoftmaxAttention(SequenceLayer):
+    """Causal softmax attention: a memory that keeps every pair it was given.
+
+        out_t = sum_{j<=t} softmax_j(q_t . k_j / sqrt(head_dim)) v_j
+
+    Vaswani et al. 2017, arXiv:1706.03762, equation 1; rotary positions Su et al. 2021,
+    arXiv:2104.09864; sink tokens Xiao et al. 2024, arXiv:2309.17453; sink logits as in gpt-oss,
+    arXiv:2508.10925.
+
+    The state is a cache of keys and values. `init_state(batch, context)` has room for `context`
+    positions of one segment, and what is read past them is NaN. The cache of `state=None` grows
+    with every call. With a window the state is a ring of window + sink_tokens positions, and any
+    length goes through it.
+
+    Attributes (beside those of every layer):
+        kv_heads: heads of key and value; each serves heads / kv_heads query heads. None is heads.
+        head_dim: size per head; None is features / heads.
+        rope: rotate queries and keys by their position in the segment; False is no positions.
+        rope_base: base of the rotation's wavelengths.
+        window: positions seen, the present one included; None is all.
+        sink_tokens: first positions of a segment that stay visible outside the window.
+        sinks: learn a logit per head that takes part in the softmax and has no value.
+        qk_norm: RMS norm of queries and keys per head.
+        output_gate: multiply the read-out by silu of a projection of x.
+        conv_width: short convolution of query, key and value, with silu; 0 is none.
+    """
+
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    rope: bool = True
+    rope_base: float = 10_000.0
+    window: int | None = None
+    sink_tokens: int = 0
+    sinks: bool = False
+    qk_norm: bool = False
+    output_gate: bool = False
+    conv_width: int = 0
+
+    PAPER: ClassVar[str] = "Vaswani et al. 2017, arXiv:1706.03762"
+    MEMORY: ClassVar[str] = "keys and values 2 x [positions, kv_heads, head_dim]"
+    OPERATION: ClassVar[str] = "attention"
+
+    def setup(self):
+        kv_heads, head_dim = self._dims()
+        if self.rope and head_dim % 2:
+            raise ValueError(f"head_dim: rotary positions need an even size, got {head_dim}")
+        self.query = self.dense(self.heads * head_dim)
+        self.key = self.dense(kv_heads * head_dim)
+        self.value = self.dense(kv_heads * head_dim)
+        self.conv = ShortConv(
+            self.conv_width,
+            self._channels(),
+            activation="silu" if self.conv_width else None,
+            implementation=self.plain_implementation(),
+            param_dtype=self.param_dtype,
+        )
+        if self.qk_norm:
+            self.query_norm = RMSNorm(param_dtype=self.param_dtype)
+            self.key_norm = RMSNorm(param_dtype=self.param_dtype)
+        if self.sinks:
+            self.sink = self.param("sink_logits", nn.initializers.zeros, (self.heads,), jnp.float32)
+        self.gate = self.dense(self.heads * head_dim) if self.output_gate else None
+        self.output = self.dense(self.features)
+
+    @nn.nowrap
+    def _dims(self) -> tuple[int, int]:
+        """(key-value heads, size per head)."""
+        kv_heads = self.heads if self.kv_heads is None else self.kv_heads
+        if kv_heads < 1 or self.heads % kv_heads:
+            raise ValueError(
+                f"kv_heads: heads {self.heads} must be a multiple of it, got {kv_heads}"
+            )
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window: expected a positive number of positions, got {self.window}")
+        return kv_heads, self.split_features("head_dim", self.head_dim)
+
+    @nn.nowrap
+    def _channels(self) -> int:
+        kv_heads, head_dim = self._dims()
+        return (self.heads + 2 * kv_heads) * head_dim
+
+    @nn.nowrap
+    def init_state(self, batch: int, context: int | None = None) -> SoftmaxAttentionState:
+        """An empty cache of `context` positions; None is a cache that grows from nothing."""
+        kv_heads, head_dim = self._dims()
+        dtype = self.activation_dtype()
+        slots = 0 if context is None else context
+        if self.window is not None:
+            slots = self.window + self.sink_tokens
+        return empty_cache(
+            batch,
+            slots,
+            kv_heads,
+            head_dim,
+            conv_tail(batch, self.conv_width, self._channels(), dtype),
+            dtype,
+            grows=context is None and self.window is None,
+        )
+
+    def project(self, x):
+        return jnp.concatenate([self.query(x), self.key(x), self.value(x)], axis=-1)
+
+    def mix(self, inputs, state, segment_ids):
+        batch, time = inputs.shape[:2]
+        kv_heads, head_dim = self._dims()
+        # a cache's size is the state's own affair: compare with an empty one of the same size
+        slots = None if state is None or state.grows else state.position.shape[1]
+        fresh = self.init_state(batch, slots)
+        if state is not None and state.grows:
+            fresh = grown(fresh, state.position.shape[1])
+        first_call = state is None
+        state = enter(state, fresh, segment_ids)
+
+        mixed, conv = self.conv(inputs, state.conv, segment_ids)
+        size = self.heads * head_dim
+        query, key, value = jnp.split(mixed, [size, size + kv_heads * head_dim], axis=-1)
+        query, key = split_heads(query, self.heads), split_heads(key, kv_heads)
+        value = split_heads(value, kv_heads)
+
+        segs = Segments(jnp.ones((batch, time), bool), jnp.zeros((batch, time), jnp.int32))
+        if segment_ids is not None:
+            segs = segments(segment_ids)
+        position = segment_positions(segs)
+        position += jnp.where(segs.index == 0, state.length[:, None], 0)
+        ids = jnp.where(segs.valid, segs.index, -1)
+        if self.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if self.rope:
+            query = rotate(query, position, self.rope_base)
+            key = rotate(key, position, self.rope_base)
+
+        keys, values, key_positions, key_segments = key, value, position, ids
+        if not first_call:
+            held = jnp.where(state.position >= 0, 0, -1)
+            keys = jnp.concatenate([state.key.astype(key.dtype), key], axis=1)
+            values = jnp.concatenate([state.value.astype(value.dtype), value], axis=1)
+            key_positions = jnp.concatenate([state.position, position], axis=1)
+            key_segments = jnp.concatenate([held, ids], axis=1)
+        out = attention(
+            query,
+            keys,
+            values,
+            window=self.window,
+            sinks=self.sink if self.sinks else None,
+            sink_tokens=self.sink_tokens,
+            query_positions=position,
+            key_positions=key_positions,
+            query_segments=ids,
+            key_segments=key_segments,
+            implementation=self.plain_implementation(),
+        )
+        if state.grows:
+            state = grown(state, time)
+        elif self.window is None:
+            full = segs.valid & (position >= state.position.shape[1])
+            out = jnp.where(full[..., None, None], jnp.nan, out)
+        state = store(
+            state, key, value, position, segs.valid, segs.index, self.window, self.sink_tokens
+        )
+        return out, state.replace(conv=conv, segment=leave(state, segment_ids))
+
+    def finish(self, x: jax.Array, out: jax.Array) -> jax.Array:
+        out = merge_heads(out)
+        if self.gate is not None:
+            out = out * nn.silu(self.gate(x))
+        return self.output(out)
+
+
+def rotate(x: jax.Array, position: jax.Array, base: float) -> jax.Array:
+    """Rotary positions: turns each pair (x_i, x_{i + dim/2}) by position * base ** (-2i / dim).
+
+    x [batch, time, heads, dim], position int32 [batch, time]; angles in float32 at least.
+    """
+    half = x.shape[-1] // 2
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    frequency = base ** (-jnp.arange(half, dtype=dtype) / half)
+    angle = position[..., None, None].astype(dtype) * frequency
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = x[..., :half].astype(dtype), x[..., half:].astype(dtype)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)

@@ -1,0 +1,154 @@
+"""What every causal sequence layer is: three steps around one memory operation."""
+
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from memseq.pallas_kernels.common.checks import check_array, check_segment_ids
+from memseq.pallas_kernels.common.segments import first_segment, last_segment
+
+
+class SequenceLayer(nn.Module):
+    """A causal layer with a memory: `y, state = layer(x, state, segment_ids)`.
+
+    Subclasses write `project`, `mix`, `finish` and `init_state`. `mix` is the only step that looks
+    across time, so wrappers (mixtures of memories, context parallelism) need to know it alone.
+
+    Attributes:
+        features: size of the input's and output's last axis.
+        heads: number of memories side by side.
+        implementation: form of the memory operation, see `memseq.pallas_kernels`.
+        chunk_size: steps the chunked form takes together; changes speed only.
+        dtype: of activations; None follows input and parameters.
+        param_dtype: of parameters.
+    """
+
+    features: int
+    heads: int = 4
+    implementation: str = "auto"
+    chunk_size: int | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    PAPER: ClassVar[str]
+    MEMORY: ClassVar[str]
+    OPERATION: ClassVar[str]
+
+    def __call__(self, x: jax.Array, state: Any = None, segment_ids: jax.Array | None = None):
+        """Runs over time.
+
+        Args:
+            x: [batch, time, features].
+            state: what the previous call returned, or `init_state`; None starts empty.
+            segment_ids: int32 [batch, time]. The memory restarts where the id changes, also from
+                the previous call's last id to this call's first. Negative ids are padding: they
+                change nothing and their output means nothing. None continues.
+
+        Returns:
+            y [batch, time, features] and the state after the last step.
+        """
+        check_array("x", x, (None, None, self.features), "[batch, time, features]")
+        check_segment_ids(segment_ids, *x.shape[:2])
+        out, state = self.mix(self.project(x), state, segment_ids)
+        return self.finish(x, out), state
+
+    def project(self, x: jax.Array) -> Any:
+        """x [batch, time, features] to what the memory is written and read with; pointwise."""
+        raise NotImplementedError(f"{type(self).__name__} has no project")
+
+    def mix(self, inputs: Any, state: Any, segment_ids: jax.Array | None) -> tuple[jax.Array, Any]:
+        """Short convolution and memory: what `project` gave to (read-out, new state)."""
+        raise NotImplementedError(f"{type(self).__name__} has no mix")
+
+    def finish(self, x: jax.Array, out: jax.Array) -> jax.Array:
+        """The read-out to y [batch, time, features]; pointwise."""
+        raise NotImplementedError(f"{type(self).__name__} has no finish")
+
+    @nn.nowrap
+    def init_state(self, batch: int, context: int | None = None) -> Any:
+        """An empty state. `context`: positions to hold, for layers that store them one by one."""
+        raise NotImplementedError(f"{type(self).__name__} has no init_state")
+
+    @nn.nowrap
+    def state_bytes(self, batch: int = 1, context: int | None = None) -> int:
+        """Bytes of `init_state(batch, context)`, counted from its arrays."""
+        shapes = jax.eval_shape(lambda: self.init_state(batch, context))
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+
+    @nn.nowrap
+    def dense(self, features: int, use_bias: bool = False) -> nn.Dense:
+        return nn.Dense(features, use_bias=use_bias, dtype=self.dtype, param_dtype=self.param_dtype)
+
+    @nn.nowrap
+    def activation_dtype(self) -> Any:
+        """The dtype of activations that a state keeps."""
+        return self.param_dtype if self.dtype is None else self.dtype
+
+    @nn.nowrap
+    def plain_implementation(self) -> str:
+        """The form for an operation beside the memory (a convolution), which has fewer forms."""
+        return self.implementation if self.implementation in ("reference", "chunked") else "auto"
+
+    @nn.nowrap
+    def operation_options(self, segment_ids: jax.Array | None) -> dict[str, Any]:
+        """What every call of a memory operation gets from the layer."""
+        return {
+            "segment_ids": segment_ids,
+            "chunk_size": self.chunk_size,
+            "implementation": self.implementation,
+        }
+
+    @nn.nowrap
+    def split_features(self, name: str, per_head: int | None) -> int:
+        """`per_head`, or features / heads where it is None."""
+        if per_head is not None:
+            if per_head < 1:
+                raise ValueError(f"{name}: expected a positive size, got {per_head}")
+            return per_head
+        if self.heads < 1 or self.features % self.heads:
+            raise ValueError(
+                f"heads: features {self.features} must be a multiple of it, or {name} be given; "
+                f"got heads {self.heads}"
+            )
+        return self.features // self.heads
+
+
+def enter(state: Any, fresh: Any, segment_ids: jax.Array | None) -> Any:
+    """The state to start a call with: rows whose first id is a new segment start `fresh`."""
+    if state is None:
+        return fresh
+    check_like(state, fresh)
+    if segment_ids is None:
+        return state
+    first = first_segment(segment_ids, state.segment)
+    restart = (state.segment >= 0) & (first != state.segment)
+    return jax.tree.map(
+        lambda new, old: jnp.where(restart.reshape(-1, *[1] * (old.ndim - 1)), new, old),
+        fresh,
+        state,
+    )
+
+
+def leave(state: Any, segment_ids: jax.Array | None) -> jax.Array:
+    """int32 [batch]: the `segment` that the state after this call carries."""
+    return state.segment if segment_ids is None else last_segment(segment_ids, state.segment)
+
+
+def no_segment(batch: int) -> jax.Array:
+    return jnp.full((batch,), -1, jnp.int32)
+
+
+def check_like(state: Any, expected: Any) -> None:
+    """`state` must be of the expected class with the expected shapes."""
+    if type(state) is not type(expected):
+        raise ValueError(f"state: expected {type(expected).__name__}, got {type(state).__name__}")
+    for (path, got), want in zip(
+        jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(expected), strict=True
+    ):
+        if got.shape != want.shape:
+            raise ValueError(
+                f"state{jax.tree_util.keystr(path)}: expected shape {list(want.shape)}, "
+                f"got {list(got.shape)}"
+            )

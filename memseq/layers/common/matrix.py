@@ -1,0 +1,116 @@
+"""What layers with one matrix memory per head have in common."""
+
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from memseq.layers.common.base import SequenceLayer, leave, no_segment
+from memseq.layers.common.parts import RMSNorm, ShortConv, conv_tail, merge_heads, split_heads
+
+
+@struct.dataclass
+class MatrixState:
+    """State of a layer with matrix memories and a short convolution.
+
+    Attributes:
+        memory: float32 [batch, heads, key_dim, value_dim].
+        conv: [batch, conv_width - 1, channels], the last inputs of the short convolution
+            ([batch, 0, channels] without one).
+        segment: int32 [batch], id of the segment the memory belongs to, -1 for none yet.
+    """
+
+    memory: jax.Array
+    conv: jax.Array
+    segment: jax.Array
+
+
+class MatrixLayer(SequenceLayer):
+    """Query, key and value, a short convolution over them, and a normed, gated read-out.
+
+    Subclasses call `setup_matrix` in `setup` and write `project` and `mix`.
+
+    Attributes:
+        key_dim: size of a key per head; None is features / heads.
+        value_dim: size of a value per head; None is features / heads.
+        output_norm: RMS norm of each head's read-out.
+        output_gate: multiply the read-out by silu of a projection of x.
+        conv_width: short convolution of query, key and value, with silu; 0 is none.
+    """
+
+    key_dim: int | None = None
+    value_dim: int | None = None
+    output_norm: bool = True
+    output_gate: bool = False
+    conv_width: int = 0
+
+    STATE: ClassVar[type] = MatrixState
+
+    def setup_matrix(self, conv_activation: str | None = "silu") -> None:
+        key_heads, key_dim, heads, value_dim = self.dims()
+        self.query = self.dense(key_heads * key_dim)
+        self.key = self.dense(key_heads * key_dim)
+        self.value = self.dense(heads * value_dim)
+        self.conv = ShortConv(
+            self.conv_width,
+            self._channels(),
+            activation=conv_activation,
+            implementation=self.plain_implementation(),
+            param_dtype=self.param_dtype,
+        )
+        self.norm = RMSNorm(param_dtype=self.param_dtype) if self.output_norm else None
+        self.gate = self.dense(heads * value_dim) if self.output_gate else None
+        self.output = self.dense(self.features)
+
+    @nn.nowrap
+    def dims(self) -> tuple[int, int, int, int]:
+        """(key heads, key size per head, value heads, value size per head)."""
+        key_dim = self.split_features("key_dim", self.key_dim)
+        return self.heads, key_dim, self.heads, self.split_features("value_dim", self.value_dim)
+
+    @nn.nowrap
+    def _channels(self) -> int:
+        key_heads, key_dim, heads, value_dim = self.dims()
+        return 2 * key_heads * key_dim + heads * value_dim
+
+    @nn.nowrap
+    def init_state(self, batch: int, context: int | None = None) -> Any:
+        """An empty memory and an empty tail of the convolution; `context` changes nothing."""
+        _, key_dim, heads, value_dim = self.dims()
+        return self.STATE(
+            memory=jnp.zeros((batch, heads, key_dim, value_dim), jnp.float32),
+            conv=conv_tail(batch, self.conv_width, self._channels(), self.activation_dtype()),
+            segment=no_segment(batch),
+        )
+
+    def project_all(self, x: jax.Array) -> jax.Array:
+        """Query, key and value side by side, [batch, time, channels]."""
+        return jnp.concatenate([self.query(x), self.key(x), self.value(x)], axis=-1)
+
+    def convolve(self, mixed: jax.Array, state: Any, segment_ids: jax.Array | None):
+        """`project_all`'s result after the convolution, by heads, and the new tail."""
+        key_heads, key_dim, heads, _ = self.dims()
+        mixed, conv = self.conv(mixed, state.conv, segment_ids)
+        size = key_heads * key_dim
+        query, key, value = jnp.split(mixed, [size, 2 * size], axis=-1)
+        return (
+            split_heads(query, key_heads),
+            split_heads(key, key_heads),
+            split_heads(value, heads),
+            conv,
+        )
+
+    def leave_with(self, memory: jax.Array, conv: jax.Array, state: Any, segment_ids: Any) -> Any:
+        """The state after this call."""
+        self.sow("intermediates", "memory_norm", jnp.sqrt(jnp.mean(memory**2)))
+        return self.STATE(memory=memory, conv=conv, segment=leave(state, segment_ids))
+
+    def finish(self, x: jax.Array, out: jax.Array) -> jax.Array:
+        if self.norm is not None:
+            out = self.norm(out)
+        out = merge_heads(out)
+        if self.gate is not None:
+            out = out * nn.silu(self.gate(x))
+        return self.output(out)

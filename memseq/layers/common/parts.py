@@ -1,0 +1,120 @@
+"""Norms, short convolution and gates."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from memseq.pallas_kernels import causal_conv
+
+
+def l2_normalize(x: jax.Array, eps: float = 1e-6) -> jax.Array:
+    """x / sqrt(sum x^2 + eps) over the last axis, computed in float32 at least."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (wide * jax.lax.rsqrt(jnp.sum(wide * wide, -1, keepdims=True) + eps)).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last axis.
+
+    Zhang and Sennrich 2019, arXiv:1910.07467, equation 4. Computed in float32 at least;
+    output in the dtype of x.
+    """
+
+    eps: float = 1e-5
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        return (wide * jax.lax.rsqrt(mean + self.eps) * scale).astype(x.dtype)
+
+
+class ShortConv(nn.Module):
+    """Causal depthwise convolution of `width` steps over [batch, time, channels].
+
+    width 0 is no convolution: the input, activated. Kernel and bias start uniform in
+    +- width ** -0.5, as a convolution of fan-in `width`.
+    """
+
+    width: int
+    channels: int
+    use_bias: bool = False
+    activation: str | None = "silu"
+    implementation: str = "auto"
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, tail, segment_ids):
+        if self.width == 0:
+            return x if self.activation is None else nn.silu(x), tail
+        bound = self.width**-0.5
+
+        def uniform(key, shape, dtype):
+            return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+        kernel = self.param("kernel", uniform, (self.width, self.channels), self.param_dtype)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", uniform, (self.channels,), self.param_dtype)
+        return causal_conv(
+            x,
+            kernel,
+            bias,
+            activation=self.activation,
+            initial_state=tail.astype(x.dtype),
+            segment_ids=segment_ids,
+            implementation=self.implementation,
+        )
+
+
+def conv_tail(batch: int, width: int, channels: int, dtype: Any) -> jax.Array:
+    """An empty tail of a `ShortConv`: [batch, width - 1, channels]."""
+    if width < 0:
+        raise ValueError(f"conv_width: expected 0 (none) or a positive width, got {width}")
+    return jnp.zeros((batch, max(width - 1, 0), channels), dtype)
+
+
+class MambaGate(nn.Module):
+    """Step size and log decay per head: dt = softplus(x + dt_bias), log decay = -exp(A_log) dt.
+
+    Mamba-2 (Dao and Gu 2024, arXiv:2405.21060). exp(A_log) starts uniform in [a_min, a_max], dt
+    log-uniform in [0.001, 0.1]. float32 whatever the input.
+    """
+
+    heads: int
+    a_min: float = 0.0
+    a_max: float = 16.0
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, dt_limit: tuple[float, float] = (0.0, float("inf"))
+    ) -> tuple[jax.Array, jax.Array]:
+        def a_log_init(key, shape):
+            a = jax.random.uniform(key, shape, jnp.float32, self.a_min, self.a_max)
+            return jnp.log(jnp.maximum(a, 1e-4))
+
+        def dt_bias_init(key, shape):
+            low, high = jnp.log(1e-3), jnp.log(1e-1)
+            dt = jnp.exp(jax.random.uniform(key, shape, jnp.float32, low, high))
+            dt = jnp.maximum(dt, 1e-4)
+            return dt + jnp.log(-jnp.expm1(-dt))  # the inverse of softplus
+
+        a_log = self.param("A_log", a_log_init, (self.heads,))
+        dt_bias = self.param("dt_bias", dt_bias_init, (self.heads,))
+        dt = jax.nn.softplus(x.astype(jnp.promote_types(x.dtype, jnp.float32)) + dt_bias)
+        dt = jnp.clip(dt, *dt_limit)
+        return dt, -jnp.exp(a_log) * dt
+
+
+def split_heads(x: jax.Array, heads: int) -> jax.Array:
+    """[batch, time, heads * dim] -> [batch, time, heads, dim]."""
+    return x.reshape(*x.shape[:-1], heads, -1)
+
+
+def merge_heads(x: jax.Array) -> jax.Array:
+    """[batch, time, heads, dim] -> [batch, time, heads * dim]."""
+    return x.reshape(*x.shape[:-2], -1)

@@ -1,0 +1,1 @@
+"""Memories that write what they got wrong."""

@@ -1,0 +1,1 @@
+"""Memories with Hebbian writes: what is written is added to what decays."""

@@ -1,0 +1,79 @@
+"""Gated linear attention."""
+
+from typing import ClassVar
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax import struct
+
+from memseq.layers.common.base import enter
+from memseq.layers.common.matrix import MatrixLayer, MatrixState
+from memseq.layers.common.parts import split_heads
+from memseq.pallas_kernels import linear_attention
+
+
+@struct.dataclass
+class GatedLinearAttentionState(MatrixState):
+    """State of `GatedLinearAttention`."""
+
+
+class GatedLinearAttention(MatrixLayer):
+    """A matrix memory in which every key channel forgets at its own, data-dependent rate.
+
+        S_t = Diag(a_t) S_{t-1} + k_t v_t^T,  out_t = S_t^T q_t / sqrt(key_dim),
+        log a_t = log sigmoid(W2 W1 x_t + b) / gate_normalizer
+
+    Yang et al. 2024, "Gated Linear Attention Transformers", arXiv:2312.06635, equations 4 and 7.
+    At the start b is 0: log a is about -0.043 a step.
+
+    Attributes (beside those of every layer and of `MatrixLayer`):
+        key_dim: size of a key per head; None is half of features / heads.
+        gate_rank: inner size of the decay's projection.
+        gate_normalizer: what the log decay is divided by; larger forgets more slowly.
+    """
+
+    output_gate: bool = True
+    gate_rank: int = 16
+    gate_normalizer: float = 16.0
+
+    PAPER: ClassVar[str] = "Yang et al. 2024, arXiv:2312.06635"
+    MEMORY: ClassVar[str] = "matrix [heads, key_dim, value_dim]"
+    OPERATION: ClassVar[str] = "linear_attention"
+    STATE: ClassVar[type] = GatedLinearAttentionState
+
+    def setup(self):
+        key_heads, key_dim, _, _ = self.dims()
+        self.setup_matrix("silu" if self.conv_width else None)
+        self.decay_in = self.dense(self.gate_rank)
+        self.decay_out = self.dense(key_heads * key_dim, use_bias=True)
+
+    @nn.nowrap
+    def dims(self):
+        key_heads, key_dim, heads, value_dim = super().dims()
+        return (
+            key_heads,
+            max(key_dim // 2, 1) if self.key_dim is None else key_dim,
+            heads,
+            value_dim,
+        )
+
+    def project(self, x):
+        gate = self.decay_out(self.decay_in(x))
+        gate = gate.astype(jnp.promote_types(gate.dtype, jnp.float32))
+        log_decay = nn.log_sigmoid(gate) / self.gate_normalizer
+        self.sow("intermediates", "decay", jnp.exp(log_decay).mean())
+        return self.project_all(x), split_heads(log_decay, self.heads)
+
+    def mix(self, inputs, state, segment_ids):
+        mixed, log_decay = inputs
+        state = enter(state, self.init_state(mixed.shape[0]), segment_ids)
+        query, key, value, conv = self.convolve(mixed, state, segment_ids)
+        out, memory = linear_attention(
+            query,
+            key,
+            value,
+            log_decay,
+            initial_state=state.memory,
+            **self.operation_options(segment_ids),
+        )
+        return out, self.leave_with(memory, conv, state, segment_ids)

@@ -1,0 +1,85 @@
+"""The linear transformer's attention."""
+
+from typing import ClassVar
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax import struct
+
+from memseq.layers.common.base import enter
+from memseq.layers.common.matrix import MatrixLayer, MatrixState
+from memseq.pallas_kernels import linear_attention
+from memseq.pallas_kernels.common.checks import check_choice
+
+FEATURE_MAPS = {
+    "identity": lambda x: x,
+    "elu+1": lambda x: jnp.where(x > 0, x + 1, jnp.exp(jnp.minimum(x, 0))),
+    "relu": nn.relu,
+}
+
+
+@struct.dataclass
+class LinearAttentionState(MatrixState):
+    """Where the layer normalises, `memory` has one more value column: the sum of the keys."""
+
+
+class LinearAttention(MatrixLayer):
+    """Attention with a feature map in place of softmax, so that its past is one matrix.
+
+        S_t = S_{t-1} + phi(k_t) v_t^T,  z_t = z_{t-1} + phi(k_t),
+        out_t = S_t^T phi(q_t) / (z_t . phi(q_t))
+
+    Katharopoulos et al. 2020, "Transformers are RNNs", arXiv:2006.16236, equations 16 to 20.
+
+    Attributes (beside those of every layer and of `MatrixLayer`):
+        feature_map: phi: "elu+1" (the paper's), "relu" or "identity".
+        normalize: divide by z . phi(q), which a map with negative values does not allow.
+        output_norm: off, as in the paper; turn it on where `normalize` is off.
+    """
+
+    feature_map: str = "elu+1"
+    normalize: bool = True
+    output_norm: bool = False
+
+    PAPER: ClassVar[str] = "Katharopoulos et al. 2020, arXiv:2006.16236"
+    MEMORY: ClassVar[str] = "matrix and normaliser [heads, key_dim, value_dim + 1]"
+    OPERATION: ClassVar[str] = "linear_attention"
+    STATE: ClassVar[type] = LinearAttentionState
+
+    def setup(self):
+        check_choice("feature_map", self.feature_map, FEATURE_MAPS)
+        if self.normalize and self.feature_map == "identity":
+            raise ValueError(
+                "normalize: expected False with feature_map 'identity', whose values can be "
+                "negative, got True"
+            )
+        self.setup_matrix("silu" if self.conv_width else None)
+
+    @nn.nowrap
+    def init_state(self, batch: int, context: int | None = None) -> LinearAttentionState:
+        state = super().init_state(batch, context)
+        normalizer = [(0, 0)] * 3 + [(0, int(self.normalize))]
+        return state.replace(memory=jnp.pad(state.memory, normalizer))
+
+    def project(self, x):
+        return self.project_all(x)
+
+    def mix(self, inputs, state, segment_ids):
+        state = enter(state, self.init_state(inputs.shape[0]), segment_ids)
+        query, key, value, conv = self.convolve(inputs, state, segment_ids)
+        phi = FEATURE_MAPS[self.feature_map]
+        if self.normalize:
+            # read-out and normaliser leave in float32: their quotient is taken before rounding
+            value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
+            value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
+        out, memory = linear_attention(
+            phi(query),
+            phi(key),
+            value,
+            scale=1.0 if self.normalize else None,
+            initial_state=state.memory,
+            **self.operation_options(segment_ids),
+        )
+        if self.normalize:
+            out = out[..., :-1] / jnp.maximum(out[..., -1:], 1e-6)
+        return out.astype(inputs.dtype), self.leave_with(memory, conv, state, segment_ids)

@@ -1,0 +1,131 @@
+"""Mamba-2."""
+
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from memseq.layers.common.base import SequenceLayer, enter, leave, no_segment
+from memseq.layers.common.matrix import MatrixState
+from memseq.layers.common.parts import (
+    MambaGate,
+    RMSNorm,
+    ShortConv,
+    conv_tail,
+    merge_heads,
+    split_heads,
+)
+from memseq.pallas_kernels import linear_attention
+from memseq.pallas_kernels.common.checks import check_heads
+
+
+@struct.dataclass
+class Mamba2State(MatrixState):
+    """State of `Mamba2`; `memory` is [batch, heads, state_dim, head_dim]."""
+
+
+class Mamba2(SequenceLayer):
+    """A selective state space with one decay per head, as a matrix memory with decay.
+
+        h_t = exp(dt_t A) h_{t-1} + B_t (dt_t x_t)^T,  y_t = h_t^T C_t + D x_t,
+        out = norm(y_t * silu(z_t)),  dt_t = softplus(W u_t + dt_bias),  A = -exp(A_log)
+
+    B is the key, C the query, dt x the value. Dao and Gu 2024, "Transformers are SSMs",
+    arXiv:2405.21060, section 7; exp(A_log) starts uniform in [1, 16].
+
+    Attributes (beside those of every layer):
+        heads: None is one head per 64 inner channels, or 4 where they are not a multiple of 64.
+        expand: inner channels per feature.
+        state_dim: size N of a head's state per channel: the key's size.
+        groups: number of (B, C) pairs; each serves heads / groups heads.
+        conv_width: short convolution of x, B and C, with bias and silu.
+        dt_limit: dt is clipped to this range.
+    """
+
+    heads: int | None = None
+    expand: int = 2
+    state_dim: int = 128
+    groups: int = 1
+    conv_width: int = 4
+    dt_limit: tuple[float, float] = (0.0, float("inf"))
+
+    PAPER: ClassVar[str] = "Dao and Gu 2024, arXiv:2405.21060"
+    MEMORY: ClassVar[str] = "matrix [heads, state_dim, head_dim]"
+    OPERATION: ClassVar[str] = "linear_attention"
+
+    def setup(self):
+        inner, heads, _ = self._dims()
+        check_heads(self.groups, heads, "heads")
+        self.gate = self.dense(inner)
+        self.value = self.dense(inner)
+        self.key = self.dense(self.groups * self.state_dim)
+        self.query = self.dense(self.groups * self.state_dim)
+        self.step_size = self.dense(heads)
+        self.conv = ShortConv(
+            self.conv_width,
+            self._channels(),
+            use_bias=True,
+            implementation=self.plain_implementation(),
+            param_dtype=self.param_dtype,
+        )
+        self.decay_gate = MambaGate(heads, a_min=1.0)
+        self.skip = self.param("D", nn.initializers.ones, (heads,), jnp.float32)
+        self.norm = RMSNorm(param_dtype=self.param_dtype)
+        self.output = self.dense(self.features)
+
+    @nn.nowrap
+    def _dims(self) -> tuple[int, int, int]:
+        """(inner channels, heads, channels per head)."""
+        inner = self.expand * self.features
+        heads = self.heads
+        if heads is None:
+            heads = inner // 64 if inner % 64 == 0 else 4
+        if heads < 1 or inner % heads:
+            raise ValueError(
+                f"heads: expand * features = {inner} must be a multiple of it, got {heads}"
+            )
+        return inner, heads, inner // heads
+
+    @nn.nowrap
+    def _channels(self) -> int:
+        return self._dims()[0] + 2 * self.groups * self.state_dim
+
+    @nn.nowrap
+    def init_state(self, batch: int, context: int | None = None) -> Mamba2State:
+        _, heads, head_dim = self._dims()
+        return Mamba2State(
+            memory=jnp.zeros((batch, heads, self.state_dim, head_dim), jnp.float32),
+            conv=conv_tail(batch, self.conv_width, self._channels(), self.activation_dtype()),
+            segment=no_segment(batch),
+        )
+
+    def project(self, x: jax.Array) -> Any:
+        mixed = jnp.concatenate([self.value(x), self.key(x), self.query(x)], axis=-1)
+        dt, log_decay = self.decay_gate(self.step_size(x), self.dt_limit)
+        self.sow("intermediates", "decay", jnp.exp(log_decay).mean())
+        return mixed, dt, log_decay
+
+    def mix(self, inputs, state, segment_ids):
+        mixed, dt, log_decay = inputs
+        inner, heads, _ = self._dims()
+        state = enter(state, self.init_state(mixed.shape[0]), segment_ids)
+        mixed, conv = self.conv(mixed, state.conv, segment_ids)
+        value, key, query = jnp.split(mixed, [inner, inner + self.groups * self.state_dim], axis=-1)
+        value = split_heads(value, heads)
+        out, memory = linear_attention(
+            split_heads(query, self.groups),
+            split_heads(key, self.groups),
+            (value * dt[..., None]).astype(value.dtype),
+            log_decay,
+            scale=1.0,
+            initial_state=state.memory,
+            **self.operation_options(segment_ids),
+        )
+        out = out + (self.skip[:, None] * value).astype(out.dtype)
+        self.sow("intermediates", "memory_norm", jnp.sqrt(jnp.mean(memory**2)))
+        return out, Mamba2State(memory=memory, conv=conv, segment=leave(state, segment_ids))
+
+    def finish(self, x: jax.Array, out: jax.Array) -> jax.Array:
+        return self.output(self.norm(merge_heads(out) * nn.silu(self.gate(x))))

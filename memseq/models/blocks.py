@@ -1,0 +1,182 @@
+"""A block (norm, mixer, residual, norm, channel layer, residual) and a stack of repeated blocks."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from memseq.layers import CHANNEL_LAYERS, REGISTRY, SequenceLayer
+from memseq.layers.common.parts import RMSNorm
+from memseq.pallas_kernels.common.checks import check_choice
+
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class SwiGLU(nn.Module):
+    """W3 (silu(W1 x) * W2 x) (Shazeer 2020, arXiv:2002.05202, equation 6).
+
+    The hidden size is 2/3 hidden_ratio features, rounded up to a multiple of 16, so that three
+    matrices cost what two of hidden_ratio would.
+    """
+
+    features: int
+    hidden_ratio: float = 4.0
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        hidden = -(-int(self.features * self.hidden_ratio * 2 / 3) // 16) * 16
+
+        def dense(size, name):
+            return nn.Dense(
+                size, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype, name=name
+            )
+
+        gate = nn.silu(dense(hidden, "gate")(x))
+        return dense(self.features, "down")(gate * dense(hidden, "up")(x))
+
+
+class Block(nn.Module):
+    """Pre-norm residual block around one mixer of the registry and one channel layer.
+
+    Attributes:
+        mixer: name in `memseq.layers.REGISTRY`.
+        options: constructor options of the mixer.
+        channel: "swiglu", a name in `memseq.layers.CHANNEL_LAYERS`, or None for none.
+    """
+
+    features: int
+    mixer: str
+    options: Mapping[str, Any]
+    channel: str | None
+    hidden_ratio: float
+    implementation: str
+    dtype: Any
+    param_dtype: Any
+
+    def setup(self):
+        self.mixer_norm = RMSNorm(param_dtype=self.param_dtype)
+        self.layer = self.make_mixer()
+        if self.channel is not None:
+            check_choice("channel", self.channel, ("swiglu", *CHANNEL_LAYERS))
+            self.channel_norm = RMSNorm(param_dtype=self.param_dtype)
+            common = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+            if self.channel == "swiglu":
+                self.channel_layer = SwiGLU(self.features, self.hidden_ratio, **common)
+            else:
+                self.channel_layer = CHANNEL_LAYERS[self.channel](self.features, **common)
+
+    @nn.nowrap
+    def make_mixer(self) -> SequenceLayer:
+        check_choice("pattern", self.mixer, REGISTRY)
+        options = {
+            "implementation": self.implementation,
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+        }
+        options |= dict(self.options)
+        constructor = REGISTRY[self.mixer]
+        known = getattr(constructor, "__dataclass_fields__", None)
+        for name in options if known is not None else ():
+            check_choice(f"mixers.{self.mixer}", name, sorted(set(known) - {"parent", "name"}))
+        return constructor(self.features, **options)
+
+    def __call__(self, x, state, segment_ids):
+        mixed, state = self.layer(self.mixer_norm(x), state, segment_ids)
+        x = x + mixed
+        if self.channel is not None:
+            x = x + self.channel_layer(self.channel_norm(x))
+        return x, state
+
+
+class _Group(nn.Module):
+    """One repeat of the pattern: the body that `Stack` scans."""
+
+    blocks: tuple[Block, ...]
+
+    @nn.compact
+    def __call__(self, x, states, segment_ids):
+        states = (None,) * len(self.blocks) if states is None else states
+        after = []
+        for i, (block, state) in enumerate(zip(self.blocks, states, strict=True)):
+            x, state = block.clone(name=f"block_{i}", parent=self)(x, state, segment_ids)
+            after.append(state)
+        return x, tuple(after)
+
+
+class Stack(nn.Module):
+    """`repeats` copies of a pattern of blocks, scanned, so that compile time is one pattern's.
+
+    The state is a tuple, one entry a pattern position; each leaf is [repeats, batch, ...]. So are
+    the parameters' leaves: [repeats, ...].
+
+    Attributes: as of `LanguageModel`.
+    """
+
+    features: int
+    pattern: tuple[str, ...]
+    repeats: int = 1
+    mixers: Mapping[str, Mapping[str, Any]] = nn.FrozenDict()
+    channel: str | None = "swiglu"
+    hidden_ratio: float = 4.0
+    remat: str = "none"
+    implementation: str = "auto"
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.nowrap
+    def blocks(self) -> tuple[Block, ...]:
+        if not self.pattern or self.repeats < 1:
+            raise ValueError(
+                "pattern, repeats: expected at least one block, "
+                f"got {self.pattern!r} x {self.repeats}"
+            )
+        for name in self.mixers:
+            check_choice("mixers", name, self.pattern)
+        return tuple(
+            Block(
+                features=self.features,
+                mixer=mixer,
+                options=self.mixers.get(mixer, nn.FrozenDict()),
+                channel=self.channel,
+                hidden_ratio=self.hidden_ratio,
+                implementation=self.implementation,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                parent=None,
+            )
+            for mixer in self.pattern
+        )
+
+    @nn.compact
+    def __call__(self, x, state, segment_ids):
+        check_choice("remat", self.remat, REMAT_POLICIES)
+        group = _Group
+        if self.remat != "none":
+            # inside a scan the loop itself keeps the recomputation from being merged away
+            group = nn.remat(group, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        scanned = nn.scan(
+            group,
+            variable_axes={"params": 0, "intermediates": 0, "losses": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, nn.broadcast),
+            out_axes=0,
+            length=self.repeats,
+        )
+        return scanned(self.blocks(), name="layers")(x, state, segment_ids)
+
+    @nn.nowrap
+    def init_state(self, batch: int, context: int | None = None) -> tuple:
+        """An empty state; `context`: positions to hold, for mixers that store them one by one."""
+        states = (block.make_mixer().init_state(batch, context) for block in self.blocks())
+        return tuple(
+            jax.tree.map(lambda x: jnp.broadcast_to(x, (self.repeats, *x.shape)), state)
+            for state in states
+        )

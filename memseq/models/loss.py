@@ -1,0 +1,51 @@
+"""Cross-entropy that never holds the logits of a whole batch."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from memseq.models.language_model import LanguageModel
+
+
+def token_cross_entropy(
+    model: LanguageModel,
+    params,
+    hidden: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    chunk: int = 128,
+) -> tuple[jax.Array, jax.Array]:
+    """Weighted sum of -log p(target) in nats, and the sum of weights.
+
+    Takes `chunk` time steps at once, forward and backward, so that [batch, chunk, vocab] logits
+    are the most that exist.
+
+    Args:
+        hidden: [batch, time, features], from `model.hidden`.
+        targets: int32 [batch, time]; ignored where the weight is 0.
+        weights: float32 [batch, time].
+        chunk: time steps taken together.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk: expected a positive number of time steps, got {chunk}")
+    batch, time = targets.shape
+    chunk = min(chunk, max(time, 1))
+    padding = -time % chunk
+
+    def blocks(x):
+        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, -1, chunk, *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def block_sum(hidden, targets, weights):
+        logits = model.apply(params, hidden, method="logits")
+        targets = jnp.where(weights > 0, targets, 0)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        return jnp.sum(jnp.where(weights > 0, losses * weights, 0))
+
+    def step(total, block):
+        return total + block_sum(*block), None
+
+    zero = jnp.zeros((), jnp.promote_types(hidden.dtype, jnp.float32))
+    total, _ = jax.lax.scan(step, zero, (blocks(hidden), blocks(targets), blocks(weights)))
+    return total, jnp.sum(weights)

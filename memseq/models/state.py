@@ -1,0 +1,68 @@
+"""Keeping a model's state: on disk, and in several copies."""
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import serialization
+
+_MAGIC = b"memseq state 1\n"
+
+
+def fork(state: Any, copies: int) -> Any:
+    """The state of a model with every row repeated: one prompt's memory for many continuations.
+
+    Leaves [layers, batch, ...] become [layers, batch * copies, ...]; copies of a row are adjacent.
+    """
+    if copies < 1:
+        raise ValueError(f"copies: expected a positive number, got {copies}")
+    return jax.tree.map(lambda x: jnp.repeat(x, copies, axis=1), state)
+
+
+def save_state(path: str | os.PathLike, state: Any) -> None:
+    """Writes a state to a file, whole or not at all."""
+    path = Path(path)
+    body = serialization.to_bytes(jax.device_get(state))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(_MAGIC + hashlib.blake2b(body, digest_size=16).digest() + body)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def restore_state(path: str | os.PathLike, like: Any) -> Any:
+    """Reads what `save_state` wrote.
+
+    Args:
+        like: a state of the same model, batch and context, such as `model.init_state(batch)`.
+
+    Raises:
+        ValueError: the file is damaged, or holds a state of another shape.
+    """
+    content = Path(path).read_bytes()
+    digest, body = content[len(_MAGIC) :][:16], content[len(_MAGIC) + 16 :]
+    if not content.startswith(_MAGIC) or hashlib.blake2b(body, digest_size=16).digest() != digest:
+        raise ValueError(f"path: {path} is not a whole saved state")
+    try:
+        state = serialization.from_bytes(like, body)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"path: {path} holds the state of another model: {error}") from error
+    for (where, got), want in zip(
+        jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(like), strict=True
+    ):
+        if got.shape != want.shape or got.dtype != want.dtype:
+            raise ValueError(
+                f"path: {path} holds another state: {jax.tree_util.keystr(where)} is "
+                f"{got.dtype} {list(got.shape)}, expected {want.dtype} {list(want.shape)}"
+            )
+    return jax.tree.map(jnp.asarray, state)

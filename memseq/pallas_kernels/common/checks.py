@@ -1,0 +1,115 @@
+"""Checks of an operation's arguments: each raises ValueError at trace time.
+
+Every message names the argument, what came and what was expected.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+
+
+def check_array(name: str, x: jax.Array, shape: tuple[int | None, ...], layout: str) -> None:
+    """`x` must be a floating-point array of `shape` (None: any size); `layout` names its axes."""
+    check_floating(name, x)
+    if x.ndim != len(shape) or any(
+        want is not None and got != want for got, want in zip(x.shape, shape, strict=True)
+    ):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name}: expected {layout} = [{wanted}], got shape {list(x.shape)}")
+
+
+def check_floating(name: str, x: jax.Array) -> None:
+    if not hasattr(x, "dtype") or not hasattr(x, "shape"):
+        raise ValueError(f"{name}: expected an array, got {type(x).__name__}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{name}: expected a floating-point array, got dtype {x.dtype}")
+
+
+def check_segment_ids(
+    segment_ids: jax.Array | None, batch: int, time: int, name: str = "segment_ids"
+) -> None:
+    if segment_ids is None:
+        return
+    if not hasattr(segment_ids, "dtype") or not jnp.issubdtype(
+        segment_ids.dtype, jnp.signedinteger
+    ):
+        came = getattr(segment_ids, "dtype", type(segment_ids).__name__)
+        raise ValueError(f"{name}: expected int32 [batch, time], got {came}")
+    if segment_ids.shape != (batch, time):
+        raise ValueError(
+            f"{name}: expected [batch, time] = [{batch}, {time}], "
+            f"got shape {list(segment_ids.shape)}"
+        )
+
+
+def check_heads(key_heads: int, value_heads: int, name: str = "value") -> None:
+    """Grouped heads: each key head serves the same whole number of value heads."""
+    if key_heads == 0 or value_heads % key_heads:
+        raise ValueError(
+            f"{name}: the number of its heads must be a multiple of the key's {key_heads}, "
+            f"got {value_heads}"
+        )
+
+
+def check_chunk_size(chunk_size: int | None) -> None:
+    check_count("chunk_size", chunk_size, 1, optional=True)
+
+
+def check_count(name: str, value: int | None, least: int, optional: bool = False) -> None:
+    """`value` must be an integer of at least `least`; None passes where it is `optional`."""
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        wanted = f"an integer of at least {least}" + (" or None" if optional else "")
+        raise ValueError(f"{name}: expected {wanted}, got {value!r}")
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """`value` must be one of `choices`; the message offers the nearest."""
+    choices = list(choices)
+    if value in choices:
+        return
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(
+        f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}{hint}"
+    )
+
+
+def state_dtype(*arrays: jax.Array | None) -> jnp.dtype:
+    """float64 where an input is float64, else float32: the dtype of states, gates and sums."""
+    wide = any(x is not None and jnp.result_type(x) == jnp.float64 for x in arrays)
+    return jnp.dtype(jnp.float64 if wide else jnp.float32)
+
+
+def check_state(
+    state: jax.Array | None,
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+    layout: str = "[batch, heads, key_dim, value_dim]",
+) -> jax.Array:
+    """The initial state in `dtype`, zeros for None."""
+    if state is None:
+        return jnp.zeros(shape, dtype)
+    check_array("initial_state", state, shape, layout)
+    return state.astype(dtype)
+
+
+def check_log_decay(
+    log_decay: jax.Array | None, batch: int, time: int, heads: int, key_dim: int, dtype: jnp.dtype
+) -> jax.Array | None:
+    """The decay in `dtype`, [batch, time, heads] or [batch, time, heads, key_dim], or None."""
+    if log_decay is None:
+        return None
+    check_floating("log_decay", log_decay)
+    by_step = (batch, time, heads)
+    if log_decay.shape not in ((heads,), by_step, (*by_step, key_dim)):
+        raise ValueError(
+            f"log_decay: expected [heads] = [{heads}], [batch, time, heads] = {list(by_step)} or "
+            f"[batch, time, heads, key_dim] = {[*by_step, key_dim]}, "
+            f"got shape {list(log_decay.shape)}"
+        )
+    log_decay = log_decay.astype(dtype)
+    return jnp.broadcast_to(log_decay, by_step) if log_decay.ndim == 1 else log_decay

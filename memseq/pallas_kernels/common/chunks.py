@@ -1,0 +1,64 @@
+"""Cutting time into chunks."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+CHUNK = 64
+
+
+def chunk_length(chunk_size: int | None, time: int) -> int:
+    """The chunk of a call of `time` steps: what was asked for, rounded up to a power of two."""
+    wanted = CHUNK if chunk_size is None else chunk_size
+    return min(_power_of_two(wanted), _power_of_two(time))
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def to_chunks(x: jax.Array, chunk: int) -> jax.Array:
+    """[batch, time, heads, ...] -> [batch, heads, chunks, chunk, ...], time padded with zeros."""
+    batch, time, *rest = x.shape
+    x = jnp.pad(x, [(0, 0), (0, -time % chunk)] + [(0, 0)] * len(rest))
+    return jnp.moveaxis(x.reshape(batch, -1, chunk, *rest), 3, 1)
+
+
+def from_chunks(x: jax.Array, time: int) -> jax.Array:
+    """[batch, heads, chunks, chunk, ...] -> [batch, time, heads, ...]."""
+    x = jnp.moveaxis(x, 1, 3)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :time]
+
+
+class ChunkMasks(NamedTuple):
+    """Which positions of a chunk see each other, bool, broadcastable over heads (axis 1).
+
+    pairs: [batch, 1, chunks, chunk, chunk], j <= i in one segment.
+    from_start: [batch, 1, chunks, chunk], i continues the segment that the chunk starts in.
+    to_end: [batch, 1, chunks, chunk], j is in the segment that the chunk ends in.
+    carried: [batch, 1, chunks], the chunk ends in the segment that it starts in.
+    """
+
+    pairs: jax.Array
+    from_start: jax.Array
+    to_end: jax.Array
+    carried: jax.Array
+
+
+def chunk_masks(index: jax.Array | None, time: int, chunk: int) -> ChunkMasks:
+    """Masks from the segment index int32 [batch, time] (see `segments`), None for one segment."""
+    causal = jnp.tril(jnp.ones((chunk, chunk), bool))
+    if index is None:
+        true = jnp.ones((1, 1, 1), bool)
+        return ChunkMasks(causal[None, None, None], true[..., None], true[..., None], true)
+    index = jnp.pad(index, ((0, 0), (0, -time % chunk)), mode="edge")
+    index = index.reshape(index.shape[0], 1, -1, chunk)
+    end = index[..., -1]
+    start = jnp.pad(end, ((0, 0), (0, 0), (1, 0)))[..., :-1]
+    return ChunkMasks(
+        causal & (index[..., :, None] == index[..., None, :]),
+        index == start[..., None],
+        index == end[..., None],
+        start == end,
+    )
