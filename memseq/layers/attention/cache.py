@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from memseq.layers.common.base import no_segment
+from memseq.layers.common.base import no_segment, state_dataclass
 
 
-@struct.dataclass
+@state_dataclass
 class SoftmaxAttentionState:
     """Keys and values of the segment that goes on.
 

@@ -1,10 +1,14 @@
 """What every causal sequence layer is: three steps around one memory operation."""
 
+import dataclasses
+import json
 from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
+import jax.export
 import jax.numpy as jnp
+from flax import struct
 
 from memseq.pallas_kernels.common.checks import check_array, check_segment_ids
 from memseq.pallas_kernels.common.segments import first_segment, last_segment
@@ -113,6 +117,24 @@ class SequenceLayer(nn.Module):
                 f"got heads {self.heads}"
             )
         return self.features // self.heads
+
+
+def state_dataclass(cls: type) -> type:
+    """A `flax.struct.dataclass` that `jax.export` can write into an artifact's signature."""
+    cls = struct.dataclass(cls)
+    fields = dataclasses.fields(cls)
+    data = [f.name for f in fields if f.metadata.get("pytree_node", True)]
+    static = [f.name for f in fields if not f.metadata.get("pytree_node", True)]
+    jax.export.register_pytree_node_serialization(
+        cls,
+        serialized_name=f"memseq.layers.{cls.__name__}",
+        serialize_auxdata=lambda values: json.dumps(list(values)).encode(),
+        deserialize_auxdata=lambda text: tuple(json.loads(text.decode())),
+        from_children=lambda values, children: cls(
+            **dict(zip(data, children, strict=True)), **dict(zip(static, values, strict=True))
+        ),
+    )
+    return cls
 
 
 def enter(state: Any, fresh: Any, segment_ids: jax.Array | None) -> Any:

@@ -5,13 +5,12 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
 
-from memseq.layers.common.base import SequenceLayer, leave, no_segment
+from memseq.layers.common.base import SequenceLayer, leave, no_segment, state_dataclass
 from memseq.layers.common.parts import RMSNorm, ShortConv, conv_tail, merge_heads, split_heads
 
 
-@struct.dataclass
+@state_dataclass
 class MatrixState:
     """State of a layer with matrix memories and a short convolution.
 

@@ -4,15 +4,14 @@ from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
-from flax import struct
 
-from memseq.layers.common.base import enter
+from memseq.layers.common.base import enter, state_dataclass
 from memseq.layers.common.matrix import MatrixLayer, MatrixState
 from memseq.layers.common.parts import l2_normalize
 from memseq.pallas_kernels import delta_rule
 
 
-@struct.dataclass
+@state_dataclass
 class DeltaNetState(MatrixState):
     """State of `DeltaNet`."""
 

@@ -4,9 +4,8 @@ from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
-from flax import struct
 
-from memseq.layers.common.base import enter
+from memseq.layers.common.base import enter, state_dataclass
 from memseq.layers.common.matrix import MatrixLayer, MatrixState
 from memseq.layers.common.parts import MambaGate, l2_normalize
 from memseq.layers.delta_rule.delta_net import check_max_beta, write_strength
@@ -14,7 +13,7 @@ from memseq.pallas_kernels import delta_rule
 from memseq.pallas_kernels.common.checks import check_heads
 
 
-@struct.dataclass
+@state_dataclass
 class GatedDeltaNetState(MatrixState):
     """State of `GatedDeltaNet`."""
 

@@ -4,15 +4,14 @@ from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
-from flax import struct
 
-from memseq.layers.common.base import enter
+from memseq.layers.common.base import enter, state_dataclass
 from memseq.layers.common.matrix import MatrixLayer, MatrixState
 from memseq.layers.common.parts import split_heads
 from memseq.pallas_kernels import linear_attention
 
 
-@struct.dataclass
+@state_dataclass
 class GatedLinearAttentionState(MatrixState):
     """State of `GatedLinearAttention`."""
 

@@ -4,9 +4,8 @@ from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
-from flax import struct
 
-from memseq.layers.common.base import enter
+from memseq.layers.common.base import enter, state_dataclass
 from memseq.layers.common.matrix import MatrixLayer, MatrixState
 from memseq.pallas_kernels import linear_attention
 from memseq.pallas_kernels.common.checks import check_choice
@@ -18,7 +17,7 @@ FEATURE_MAPS = {
 }
 
 
-@struct.dataclass
+@state_dataclass
 class LinearAttentionState(MatrixState):
     """Where the layer normalises, `memory` has one more value column: the sum of the keys."""
 

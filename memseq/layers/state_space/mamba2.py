@@ -5,9 +5,8 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
 
-from memseq.layers.common.base import SequenceLayer, enter, leave, no_segment
+from memseq.layers.common.base import SequenceLayer, enter, leave, no_segment, state_dataclass
 from memseq.layers.common.matrix import MatrixState
 from memseq.layers.common.parts import (
     MambaGate,
@@ -21,7 +20,7 @@ from memseq.pallas_kernels import linear_attention
 from memseq.pallas_kernels.common.checks import check_heads
 
 
-@struct.dataclass
+@state_dataclass
 class Mamba2State(MatrixState):
     """State of `Mamba2`; `memory` is [batch, heads, state_dim, head_dim]."""
 
