@@ -1,6 +1,7 @@
 """A block (norm, mixer, residual, norm, channel layer, residual) and a stack of repeated blocks."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -16,6 +17,15 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+_NOT_OPTIONS = {"features", "name", "parent"}
+
+
+def as_pattern(names: Iterable[str]) -> tuple[str, ...]:
+    """The names as a tuple; one string would be read as a name a letter."""
+    if isinstance(names, str):
+        raise ValueError(f"pattern: expected names of layers as a tuple, got {names!r}")
+    return tuple(names)
 
 
 class SwiGLU(nn.Module):
@@ -83,9 +93,10 @@ class Block(nn.Module):
         }
         options |= dict(self.options)
         constructor = REGISTRY[self.mixer]
-        known = getattr(constructor, "__dataclass_fields__", None)
-        for name in options if known is not None else ():
-            check_choice(f"mixers.{self.mixer}", name, sorted(set(known) - {"parent", "name"}))
+        if dataclasses.is_dataclass(constructor):
+            known = {f.name for f in dataclasses.fields(constructor)}
+            for name in options:
+                check_choice(f"mixers.{self.mixer}", name, sorted(known - _NOT_OPTIONS))
         return constructor(self.features, **options)
 
     def __call__(self, x, state, segment_ids):

@@ -38,6 +38,9 @@ def generate(
 
     Returns:
         The sampled tokens of each prompt, and the state after the last of them was read.
+
+    Raises:
+        ValueError: for options that do not fit, and for a state without room for all positions.
     """
     if not prompts or any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("prompts: expected at least one prompt, each of at least one token")
@@ -59,9 +62,27 @@ def generate(
         )
     if state is None:
         state = model.init_state(len(prompts), context=width + steps)
+    _check_state(state, len(prompts))
     logits, state = _prefill(model, params, tokens, lengths, state)
-    sampled, state = _decode(model, params, logits, state, key, temperature, steps, top_k)
+    sampled, bad, state = _decode(model, params, logits, state, key, temperature, steps, top_k)
+    if bad:
+        raise ValueError(
+            f"state: expected room for the prompts and {steps} tokens, got logits that are not a "
+            "number (a cache of keys and values is full, or the parameters are not finite)"
+        )
     return np.asarray(sampled).T.tolist(), state
+
+
+def _check_state(state, rows: int) -> None:
+    if any(getattr(part, "grows", False) for part in state):
+        raise ValueError(
+            "state: expected one of fixed size, as from model.init_state(batch, context), "
+            "got a cache that grows with every call"
+        )
+    if _segment(state).shape != (rows,):
+        raise ValueError(
+            f"state: expected one row a prompt, {rows}, got {_segment(state).shape[0]}"
+        )
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -86,11 +107,12 @@ def _decode(model, params, logits, state, key, temperature, steps, top_k):
     def step(carry, i):
         logits, state = carry
         token = _sample(jax.random.fold_in(key, i), logits, temperature, top_k)
+        bad = jnp.isnan(logits).any()
         logits, state = model.apply(params, token[:, None], state)
-        return (logits[:, 0], state), token
+        return (logits[:, 0], state), (token, bad)
 
-    (_, state), tokens = jax.lax.scan(step, (logits, state), jnp.arange(steps))
-    return tokens, state
+    (_, state), (tokens, bad) = jax.lax.scan(step, (logits, state), jnp.arange(steps))
+    return tokens, bad.any(), state
 
 
 def _sample(key, logits, temperature, top_k):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax.core import freeze
 
 from memseq.layers.common.parts import RMSNorm
-from memseq.models.blocks import Stack
+from memseq.models.blocks import Stack, as_pattern
 
 
 class LanguageModel(nn.Module):
@@ -48,7 +48,7 @@ class LanguageModel(nn.Module):
 
     def __post_init__(self):
         self.mixers = freeze(self.mixers)  # hashable, so that a model can be static under jit
-        self.pattern = tuple(self.pattern)
+        self.pattern = as_pattern(self.pattern)
         super().__post_init__()
 
     def setup(self):

@@ -26,7 +26,8 @@ def fork(state: Any, copies: int) -> Any:
 def save_state(path: str | os.PathLike, state: Any) -> None:
     """Writes a state to a file, whole or not at all."""
     path = Path(path)
-    body = serialization.to_bytes(jax.device_get(state))
+    content = {"layers": _layers(state), "state": serialization.to_state_dict(state)}
+    body = serialization.msgpack_serialize(jax.device_get(content))
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -53,8 +54,14 @@ def restore_state(path: str | os.PathLike, like: Any) -> Any:
     digest, body = content[len(_MAGIC) :][:16], content[len(_MAGIC) + 16 :]
     if not content.startswith(_MAGIC) or hashlib.blake2b(body, digest_size=16).digest() != digest:
         raise ValueError(f"path: {path} is not a whole saved state")
+    content = serialization.msgpack_restore(body)
+    if content["layers"] != _layers(like):
+        raise ValueError(
+            f"path: {path} holds the state of another model: {content['layers']}, "
+            f"expected {_layers(like)}"
+        )
     try:
-        state = serialization.from_bytes(like, body)
+        state = serialization.from_state_dict(like, content["state"])
     except (KeyError, ValueError) as error:
         raise ValueError(f"path: {path} holds the state of another model: {error}") from error
     for (where, got), want in zip(
@@ -66,3 +73,8 @@ def restore_state(path: str | os.PathLike, like: Any) -> Any:
                 f"{got.dtype} {list(got.shape)}, expected {want.dtype} {list(want.shape)}"
             )
     return jax.tree.map(jnp.asarray, state)
+
+
+def _layers(state: Any) -> str:
+    """The classes of the layers' states: shapes alone do not tell one memory from another."""
+    return ", ".join(type(part).__name__ for part in state)

@@ -66,7 +66,9 @@ def case(name):
     return Case(name)
 
 
-@pytest.fixture(params=list(REGISTRY))
+@pytest.fixture(
+    params=list(REGISTRY), scope="module"
+)  # one layer after another, each compiled once
 def subject(request):
     return case(request.param)
 

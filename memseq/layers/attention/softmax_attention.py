@@ -10,6 +10,7 @@ from memseq.layers.attention.cache import SoftmaxAttentionState, empty_cache, gr
 from memseq.layers.common.base import SequenceLayer, enter, leave
 from memseq.layers.common.parts import RMSNorm, ShortConv, conv_tail, merge_heads, split_heads
 from memseq.pallas_kernels import attention
+from memseq.pallas_kernels.common.checks import check_count
 from memseq.pallas_kernels.common.segments import Segments, segment_positions, segments
 
 
@@ -99,6 +100,7 @@ class SoftmaxAttention(SequenceLayer):
         """An empty cache of `context` positions; None is a cache that grows from nothing."""
         kv_heads, head_dim = self._dims()
         dtype = self.activation_dtype()
+        check_count("context", context, 0, optional=True)
         slots = 0 if context is None else context
         if self.window is not None:
             slots = self.window + self.sink_tokens
@@ -119,10 +121,11 @@ class SoftmaxAttention(SequenceLayer):
         batch, time = inputs.shape[:2]
         kv_heads, head_dim = self._dims()
         # a cache's size is the state's own affair: compare with an empty one of the same size
-        slots = None if state is None or state.grows else state.position.shape[1]
-        fresh = self.init_state(batch, slots)
-        if state is not None and state.grows:
-            fresh = grown(fresh, state.position.shape[1])
+        slots = state.position.shape[1] if isinstance(state, SoftmaxAttentionState) else None
+        if slots is not None and state.grows:
+            fresh = grown(self.init_state(batch), slots)
+        else:
+            fresh = self.init_state(batch, slots)
         first_call = state is None
         state = enter(state, fresh, segment_ids)
 

@@ -10,7 +10,13 @@ import jax.export
 import jax.numpy as jnp
 from flax import struct
 
-from memseq.pallas_kernels.common.checks import check_array, check_segment_ids
+from memseq.pallas_kernels.common.checks import (
+    check_array,
+    check_choice,
+    check_count,
+    check_segment_ids,
+)
+from memseq.pallas_kernels.common.dispatch import IMPLEMENTATIONS
 from memseq.pallas_kernels.common.segments import first_segment, last_segment
 
 
@@ -93,6 +99,7 @@ class SequenceLayer(nn.Module):
     @nn.nowrap
     def plain_implementation(self) -> str:
         """The form for an operation beside the memory (a convolution), which has fewer forms."""
+        check_choice("implementation", self.implementation, IMPLEMENTATIONS)
         return self.implementation if self.implementation in ("reference", "chunked") else "auto"
 
     @nn.nowrap
@@ -107,11 +114,11 @@ class SequenceLayer(nn.Module):
     @nn.nowrap
     def split_features(self, name: str, per_head: int | None) -> int:
         """`per_head`, or features / heads where it is None."""
+        check_count("heads", self.heads, 1)
         if per_head is not None:
-            if per_head < 1:
-                raise ValueError(f"{name}: expected a positive size, got {per_head}")
+            check_count(name, per_head, 1)
             return per_head
-        if self.heads < 1 or self.features % self.heads:
+        if self.features % self.heads:
             raise ValueError(
                 f"heads: features {self.features} must be a multiple of it, or {name} be given; "
                 f"got heads {self.heads}"

@@ -71,5 +71,5 @@ def write_strength(layer: nn.Module, logits):
     """max_beta sigmoid(logits), in float32 at least; sows its mean."""
     wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     beta = layer.max_beta * nn.sigmoid(wide)
-    layer.sow("intermediates", "beta", beta.mean())
+    layer.sow("intermediates", "mean_beta", beta.mean())
     return beta

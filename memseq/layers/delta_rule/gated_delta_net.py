@@ -10,7 +10,7 @@ from memseq.layers.common.matrix import MatrixLayer, MatrixState
 from memseq.layers.common.parts import MambaGate, l2_normalize
 from memseq.layers.delta_rule.delta_net import check_max_beta, write_strength
 from memseq.pallas_kernels import delta_rule
-from memseq.pallas_kernels.common.checks import check_heads
+from memseq.pallas_kernels.common.checks import check_count, check_heads
 
 
 @state_dataclass
@@ -55,16 +55,18 @@ class GatedDeltaNet(MatrixLayer):
 
     @nn.nowrap
     def dims(self):
-        key_dim = self.key_dim
-        if key_dim is None:
-            key_dim = max(3 * self.split_features("key_dim", None) // 4, 1)
+        key_dim = self.split_features("key_dim", self.key_dim)
+        if self.key_dim is None:
+            key_dim = max(3 * key_dim // 4, 1)
         value_dim = 2 * key_dim if self.value_dim is None else self.value_dim
+        value_dim = self.split_features("value_dim", value_dim)
         value_heads = self.heads if self.value_heads is None else self.value_heads
+        check_count("value_heads", value_heads, 1)
         return self.heads, key_dim, value_heads, value_dim
 
     def project(self, x):
         _, log_decay = self.decay_gate(self.decay(x))
-        self.sow("intermediates", "decay", jnp.exp(log_decay).mean())
+        self.sow("intermediates", "mean_decay", jnp.exp(log_decay).mean())
         return self.project_all(x), write_strength(self, self.beta(x)), log_decay
 
     def mix(self, inputs, state, segment_ids):

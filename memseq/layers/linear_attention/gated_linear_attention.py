@@ -9,6 +9,7 @@ from memseq.layers.common.base import enter, state_dataclass
 from memseq.layers.common.matrix import MatrixLayer, MatrixState
 from memseq.layers.common.parts import split_heads
 from memseq.pallas_kernels import linear_attention
+from memseq.pallas_kernels.common.checks import check_count
 
 
 @state_dataclass
@@ -42,6 +43,11 @@ class GatedLinearAttention(MatrixLayer):
 
     def setup(self):
         key_heads, key_dim, _, _ = self.dims()
+        check_count("gate_rank", self.gate_rank, 1)
+        if not self.gate_normalizer > 0:
+            raise ValueError(
+                f"gate_normalizer: expected a positive number, got {self.gate_normalizer}"
+            )
         self.setup_matrix("silu" if self.conv_width else None)
         self.decay_in = self.dense(self.gate_rank)
         self.decay_out = self.dense(key_heads * key_dim, use_bias=True)
@@ -60,7 +66,7 @@ class GatedLinearAttention(MatrixLayer):
         gate = self.decay_out(self.decay_in(x))
         gate = gate.astype(jnp.promote_types(gate.dtype, jnp.float32))
         log_decay = nn.log_sigmoid(gate) / self.gate_normalizer
-        self.sow("intermediates", "decay", jnp.exp(log_decay).mean())
+        self.sow("intermediates", "mean_decay", jnp.exp(log_decay).mean())
         return self.project_all(x), split_heads(log_decay, self.heads)
 
     def mix(self, inputs, state, segment_ids):

@@ -17,7 +17,7 @@ from memseq.layers.common.parts import (
     split_heads,
 )
 from memseq.pallas_kernels import linear_attention
-from memseq.pallas_kernels.common.checks import check_heads
+from memseq.pallas_kernels.common.checks import check_count
 
 
 @state_dataclass
@@ -56,7 +56,9 @@ class Mamba2(SequenceLayer):
 
     def setup(self):
         inner, heads, _ = self._dims()
-        check_heads(self.groups, heads, "heads")
+        low, high = self.dt_limit
+        if not 0 <= low <= high:
+            raise ValueError(f"dt_limit: expected 0 <= least <= most, got {self.dt_limit}")
         self.gate = self.dense(inner)
         self.value = self.dense(inner)
         self.key = self.dense(self.groups * self.state_dim)
@@ -77,6 +79,8 @@ class Mamba2(SequenceLayer):
     @nn.nowrap
     def _dims(self) -> tuple[int, int, int]:
         """(inner channels, heads, channels per head)."""
+        for name in ("expand", "state_dim", "groups"):
+            check_count(name, getattr(self, name), 1)
         inner = self.expand * self.features
         heads = self.heads
         if heads is None:
@@ -84,6 +88,10 @@ class Mamba2(SequenceLayer):
         if heads < 1 or inner % heads:
             raise ValueError(
                 f"heads: expand * features = {inner} must be a multiple of it, got {heads}"
+            )
+        if heads % self.groups:
+            raise ValueError(
+                f"groups: heads {heads} must be a multiple of it, got groups {self.groups}"
             )
         return inner, heads, inner // heads
 
@@ -103,7 +111,7 @@ class Mamba2(SequenceLayer):
     def project(self, x: jax.Array) -> Any:
         mixed = jnp.concatenate([self.value(x), self.key(x), self.query(x)], axis=-1)
         dt, log_decay = self.decay_gate(self.step_size(x), self.dt_limit)
-        self.sow("intermediates", "decay", jnp.exp(log_decay).mean())
+        self.sow("intermediates", "mean_decay", jnp.exp(log_decay).mean())
         return mixed, dt, log_decay
 
     def mix(self, inputs, state, segment_ids):
