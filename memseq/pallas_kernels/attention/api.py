@@ -78,8 +78,10 @@ def attention(
         "value", value, (batch, keys, key_heads, None), "[batch, keys, key_heads, value_dim]"
     )
     checks.check_heads(key_heads, heads, "query")
+    dtype = checks.state_dtype(query, key, value, sinks, log_forget)
     if sinks is not None:
         checks.check_array("sinks", sinks, (heads,), "[heads]")
+        sinks = sinks.astype(dtype)
     if log_forget is not None:
         checks.check_array("log_forget", log_forget, (batch, keys, heads), "[batch, keys, heads]")
     checks.check_count("window", window, 1, optional=True)
@@ -91,7 +93,6 @@ def attention(
         ("key_segments", key_segments, keys),
     ):
         checks.check_segment_ids(ids, batch, length, name)
-    dtype = checks.state_dtype(query, key, value, sinks, log_forget)
 
     if query_segments is not None or key_segments is not None:
         query_segments, key_segments = _segments(query_segments, key_segments, keys)

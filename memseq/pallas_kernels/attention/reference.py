@@ -7,7 +7,14 @@ from memseq.pallas_kernels.attention.masks import visible
 from memseq.pallas_kernels.common.precision import products_precision
 
 
-def reference(
+def reference(query, key, value, *arrays, dtype, **options):
+    """See `attention`; `arrays` are the others of `attend`, these three in their own dtypes."""
+    precision = products_precision(query, key, value)
+    q, k, v = (x.astype(dtype) for x in (query, key, value))
+    return attend(q, k, v, *arrays, **options, precision=precision).astype(value.dtype)
+
+
+def attend(
     query,
     key,
     value,
@@ -23,14 +30,16 @@ def reference(
     causal,
     window,
     sink_tokens,
-    dtype,
+    precision,
 ):
-    """See `attention`; padded keys and values zeroed, sums from `forget_sums` or None."""
-    precision = products_precision(query, key, value)
+    """Any number of queries against all keys: float32 or float64, padded keys and values zeroed.
+
+    Sums from `forget_sums`, positions and segments as in `visible`, or None.
+    """
+    dtype = value.dtype
     batch, queries, heads, _ = query.shape
     groups = (key.shape[2], heads // key.shape[2])  # key heads, query heads of each
-    q = query.reshape(batch, queries, *groups, -1).astype(dtype)
-    k, v = key.astype(dtype), value.astype(dtype)
+    query = query.reshape(batch, queries, *groups, -1)
     mask = visible(
         query_positions,
         key_positions,
@@ -41,7 +50,7 @@ def reference(
         sink_tokens=sink_tokens,
     )
 
-    logits = scale * jnp.einsum("bthgd,bshd->bhgts", q, k, precision=precision)
+    logits = scale * jnp.einsum("bthgd,bshd->bhgts", query, key, precision=precision)
     if query_sums is not None:
         at_query, at_key = (
             jnp.moveaxis(x.reshape(*x.shape[:2], *groups, 2), 1, 3) for x in (query_sums, key_sums)
@@ -53,9 +62,9 @@ def reference(
         logits += forgotten
     mask = mask[:, None, None]
     logits = jnp.where(mask, logits, jnp.finfo(dtype).min)
-    top = logits.max(axis=-1, keepdims=True)
+    top = logits.max(axis=-1, keepdims=True, initial=jnp.finfo(dtype).min)
     if sinks is not None:
-        sinks = sinks.astype(dtype).reshape(*groups, 1, 1)
+        sinks = sinks.reshape(*groups, 1, 1)
         top = jnp.maximum(top, sinks)
     top = jax.lax.stop_gradient(top)
     weights = jnp.where(mask, jnp.exp(logits - top), 0)
@@ -63,5 +72,5 @@ def reference(
     if sinks is not None:
         total += jnp.exp(sinks - top)
     weights /= jnp.where(total > 0, total, 1)  # 0 only where a query sees nothing
-    out = jnp.einsum("bhgts,bshv->bthgv", weights, v, precision=precision)
-    return out.reshape(batch, queries, heads, -1).astype(value.dtype)
+    out = jnp.einsum("bhgts,bshv->bthgv", weights, value, precision=precision)
+    return out.reshape(batch, queries, heads, -1)

@@ -37,9 +37,10 @@ def _taps(inputs, kernel, bias, source, activation):
     """[batch, tail + time, channels] -> [batch, time, channels]; taps stay in their `source`."""
     tail = kernel.shape[0] - 1
     time = inputs.shape[1] - tail
+    wide = inputs.astype(kernel.dtype)  # once: the taps' gradients add up before they are rounded
     y = 0 if bias is None else bias
     for w in range(tail + 1):
-        shifted = inputs[:, w : w + time].astype(kernel.dtype)
+        shifted = wide[:, w : w + time]
         if source is not None and w < tail:
             own = source[:, w : w + time] == source[:, tail:]
             shifted = jnp.where(own[..., None], shifted, 0)

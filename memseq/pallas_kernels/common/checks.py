@@ -4,6 +4,7 @@ Every message names the argument, what came and what was expected.
 """
 
 import difflib
+import numbers
 from collections.abc import Iterable
 
 import jax
@@ -61,17 +62,17 @@ def check_count(name: str, value: int | None, least: int, optional: bool = False
     """`value` must be an integer of at least `least`; None passes where it is `optional`."""
     if optional and value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
         wanted = f"an integer of at least {least}" + (" or None" if optional else "")
         raise ValueError(f"{name}: expected {wanted}, got {value!r}")
 
 
-def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+def check_choice(name: str, value: object, choices: Iterable[str | None]) -> None:
     """`value` must be one of `choices`; the message offers the nearest."""
     choices = list(choices)
     if value in choices:
         return
-    near = difflib.get_close_matches(str(value), choices, n=1)
+    near = difflib.get_close_matches(str(value), [c for c in choices if isinstance(c, str)], n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(
         f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}{hint}"

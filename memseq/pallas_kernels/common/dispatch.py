@@ -26,7 +26,8 @@ class KernelForm:
     """A form with its own backward pass.
 
     forward(*arrays, **options) -> outputs; backward(arrays, cotangents, **options) -> one cotangent
-    per array (None for none); limit(*arrays, **options) -> why it cannot run, or None.
+    per array (None for integers and for None); limit(*arrays, **options) -> why it cannot run, or
+    None.
     """
 
     forward: Callable[..., Any]
@@ -89,7 +90,11 @@ def _automatic(forms: Forms, plain_name: str, arrays: tuple, options: dict) -> A
     plain = functools.partial(getattr(forms, plain_name), **options)
 
     def plain_backward(arrays, cotangents):
-        return jax.vjp(plain, *arrays)[1](cotangents)
+        # as kernels do: branches of one program must return the same, so no float0 for integers
+        return tuple(
+            c if x is not None and jnp.issubdtype(x.dtype, jnp.inexact) else None
+            for x, c in zip(arrays, jax.vjp(plain, *arrays)[1](cotangents), strict=True)
+        )
 
     kernels = {}
     if plain_name == "chunked":

@@ -1,0 +1,246 @@
+"""`memseq kernels`: which forms each operation has, and how fast they are on this machine.
+
+A time alone says little, so each is shown beside two others from the same run: that of the
+`reference` form, and the matmul floor, three times the products of a forward pass (one for the
+forward, two for the backward pass) at the speed of one large matrix product. The rounds of all
+programs are interleaved, and of each the median counts.
+"""
+
+import argparse
+import dataclasses
+import os
+import statistics
+import time
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+
+from memseq.pallas_kernels.attention import FORMS as ATTENTION
+from memseq.pallas_kernels.attention import attention
+from memseq.pallas_kernels.attention import shapes as attention_shapes
+from memseq.pallas_kernels.causal_conv import FORMS as CAUSAL_CONV
+from memseq.pallas_kernels.causal_conv import causal_conv
+from memseq.pallas_kernels.causal_conv import shapes as causal_conv_shapes
+from memseq.pallas_kernels.common.checks import check_choice
+from memseq.pallas_kernels.common.dispatch import Forms
+from memseq.pallas_kernels.delta_rule import FORMS as DELTA_RULE
+from memseq.pallas_kernels.delta_rule import delta_rule
+from memseq.pallas_kernels.delta_rule import shapes as delta_rule_shapes
+from memseq.pallas_kernels.linear_attention import FORMS as LINEAR_ATTENTION
+from memseq.pallas_kernels.linear_attention import linear_attention
+from memseq.pallas_kernels.linear_attention import shapes as linear_attention_shapes
+
+MATMUL = 2048  # rows and columns of the product that the floor is measured with
+TARGETS = """\
+Wanted of the chunked forms on a CPU at the default sizes: linear_attention within 5x of the floor,
+delta_rule within 6x, each at least 4x faster than its reference."""
+KERNELS = {"tpu": "mosaic_tpu", "gpu": "mosaic_gpu"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """An operation as it is timed: `shape(args)` gives the shape that the command line asks for."""
+
+    function: Callable[..., Any]
+    forms: Forms
+    shapes: ModuleType
+    shape: Callable[[argparse.Namespace], Any]
+    chunks: bool = True  # takes `chunk_size`
+    products: bool = True  # its work is matrix products
+
+    def options(self, args: argparse.Namespace) -> dict[str, int]:
+        return {"chunk_size": args.chunk_size} if self.chunks else {}
+
+
+OPERATIONS = {
+    "linear_attention": Operation(
+        linear_attention,
+        LINEAR_ATTENTION,
+        linear_attention_shapes,
+        lambda a: linear_attention_shapes.Shape(
+            a.batch, a.time, a.heads, a.heads, a.dim, a.dim, "step"
+        ),
+    ),
+    "delta_rule": Operation(
+        delta_rule,
+        DELTA_RULE,
+        delta_rule_shapes,
+        lambda a: delta_rule_shapes.Shape(a.batch, a.time, a.heads, a.heads, a.dim, a.dim, "step"),
+    ),
+    "causal_conv": Operation(
+        causal_conv,
+        CAUSAL_CONV,
+        causal_conv_shapes,
+        lambda a: causal_conv_shapes.Shape(a.batch, a.time, a.heads * a.dim),
+        chunks=False,
+        products=False,
+    ),
+    "attention": Operation(
+        attention,
+        ATTENTION,
+        attention_shapes,
+        lambda a: attention_shapes.Shape(a.batch, a.time, a.heads, a.heads, a.dim),
+        chunks=False,
+    ),
+}
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs `memseq kernels` with the options that `memseq.cli` parsed; returns the exit status."""
+    if getattr(args, "action", None) == "bench":
+        bench(args)
+    else:
+        print(forms_table())
+    return 0
+
+
+def forms_table() -> str:
+    """One line an operation: its forms, and the first line of what it says of itself."""
+    rows = [("operation", "forms", "what it computes")]
+    rows += [
+        (name, ", ".join(op.forms.available), op.function.__doc__.partition("\n")[0])
+        for name, op in OPERATIONS.items()
+    ]
+    return _table(rows, left=3)
+
+
+def bench(args: argparse.Namespace) -> None:
+    """Times the operations that `args.operation` names ("all" for every one) and prints tables.
+
+    Raises:
+        ValueError: for an operation that does not exist.
+    """
+    check_choice("operation", args.operation, ["all", *OPERATIONS])
+    chosen = OPERATIONS if args.operation == "all" else {args.operation: OPERATIONS[args.operation]}
+    print(_machine())
+    programs = {
+        (name, form): Program.compiled(operation, form, args)
+        for name, operation in chosen.items()
+        for form in ("reference", "chunked", KERNELS.get(jax.default_backend()))
+        if form in operation.forms.available
+    }
+    matmul = jax.jit(lambda a: jnp.matmul(a, a, precision=jax.lax.Precision.HIGHEST))
+    matrix = jax.random.normal(jax.random.key(0), (MATMUL, MATMUL))
+    _seconds(matmul, matrix)
+    matmul_times = []
+    for _ in range(args.repeats):
+        matmul_times.append(_seconds(matmul, matrix))
+        for program in programs.values():
+            program.round()
+    rate = MATMUL**3 / statistics.median(matmul_times)
+    print(f"one {MATMUL} x {MATMUL} float32 matrix product: {2 * rate / 1e9:.0f} GFLOP/s\n")
+    print(_times(chosen, programs, rate, args), end="\n\n")
+    print(_growth(chosen, args))
+
+
+@dataclasses.dataclass
+class Program:
+    """One form compiled forward and forward + backward, its inputs and the seconds it took."""
+
+    forward: Callable[..., Any]
+    both: Callable[..., Any]
+    inputs: dict[str, jax.Array]
+    forward_times: list[float] = dataclasses.field(default_factory=list)
+    both_times: list[float] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def compiled(cls, operation: Operation, form: str, args: argparse.Namespace) -> "Program":
+        inputs, forward, both = _functions(operation, form, args)
+        program = cls(jax.jit(forward), jax.jit(both), inputs)
+        _seconds(program.forward, inputs)
+        _seconds(program.both, inputs)
+        return program
+
+    def round(self) -> None:
+        self.forward_times.append(_seconds(self.forward, self.inputs))
+        self.both_times.append(_seconds(self.both, self.inputs))
+
+
+def _functions(operation: Operation, form: str, args: argparse.Namespace):
+    """Example inputs, the operation, and the gradients of a loss on all it returns."""
+    example = operation.shapes.example(operation.shape(args), jax.random.key(0))
+    inputs = {name: x for name, x in example.items() if isinstance(x, jax.Array)}
+    options = {name: x for name, x in example.items() if name not in inputs}
+    options |= operation.options(args)
+
+    def forward(inputs):
+        return operation.function(**inputs, **options, implementation=form)
+
+    def loss(inputs):
+        return sum((x * x).sum() for x in jax.tree.leaves(forward(inputs)))
+
+    return inputs, forward, jax.value_and_grad(loss)
+
+
+def _seconds(function, *arguments) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(function(*arguments))
+    return time.perf_counter() - start
+
+
+def _machine() -> str:
+    device = jax.devices()[0]
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    lines = [
+        f"jax {jax.__version__}, jaxlib {jaxlib.__version__}, backend {jax.default_backend()} "
+        f"({device.device_kind}), {threads} CPU threads"
+    ]
+    if hasattr(os, "getloadavg") and (load := os.getloadavg()[0]) > threads / 2:
+        lines.append(f"Other programs are running (load {load:.1f}): times vary, ratios less so.")
+    return "\n".join(lines)
+
+
+def _times(chosen, programs, rate, args) -> str:
+    header = ("operation", "form", "forward ms", "with backward ms", "of the floor", "of reference")
+    rows = [header]
+    for (name, form), program in programs.items():
+        operation = chosen[name]
+        forward, both = map(statistics.median, (program.forward_times, program.both_times))
+        reference = statistics.median(programs[name, "reference"].both_times)
+        floor = "-"
+        if operation.products:
+            products = operation.shapes.forward_products(operation.shape(args), args.chunk_size)
+            floor = f"{both * rate / (3 * products):.1f}x"
+        faster = f"{reference / both:.1f}x faster"
+        rows.append((name, form, f"{forward * 1e3:.1f}", f"{both * 1e3:.1f}", floor, faster))
+    title = (
+        f"float32, batch {args.batch}, time {args.time}, {args.heads} heads of {args.dim}, chunks "
+        f"of {args.chunk_size}; medians of {args.repeats}.\n"
+        "Ratios are of forward with backward; the floor is three times the forward products at the "
+        "speed above."
+    )
+    return f"{title}\n\n{_table(rows, left=2)}\n{TARGETS}"
+
+
+def _growth(chosen, args) -> str:
+    """Compilation and memory of the chunked forms at this time and at twice it."""
+    rows = [("operation", "time", "compile CPU s", "temporary MiB", "arguments MiB")]
+    for name, operation in chosen.items():
+        for steps in (args.time, 2 * args.time):
+            longer = argparse.Namespace(**vars(args) | {"time": steps})
+            inputs, _, both = _functions(operation, "chunked", longer)
+            start = time.process_time()
+            compiled = jax.jit(both).lower(inputs).compile()
+            spent = time.process_time() - start
+            memory = compiled.memory_analysis()
+            sizes = (memory.temp_size_in_bytes, memory.argument_size_in_bytes)
+            mib = (f"{size / 2**20:.1f}" for size in sizes)
+            rows.append((name, str(steps), f"{spent:.1f}", *mib))
+    return f"The chunked form with its backward pass, as time grows:\n\n{_table(rows, left=1)}"
+
+
+def _table(rows: list[tuple[str, ...]], left: int) -> str:
+    """Columns of text; the first `left` are aligned left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = (
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,211 @@
+"""`delta_rule`: its forms against the equations, at the sizes and values that break them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from memseq.pallas_kernels import delta_rule
+from memseq.pallas_kernels.delta_rule.shapes import SHAPES, example
+from tests.pallas_kernels import oracles
+from tests.pallas_kernels.harness import (
+    assert_close,
+    check_16_bit,
+    check_agreement,
+    correlated_keys,
+    hard_decay,
+    packed_ids,
+    with_gradients,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """decay: None, "head", "step" or "channel"; beta: the largest; longest: of packed segments."""
+
+    time: int
+    decay: str | None = None
+    cosine: float = 0.5
+    beta: float = 2.0
+    erase_key: bool = False
+    erase: str = "decayed"
+    longest: int | None = None
+    batch: int = 2
+    key_heads: int = 2
+    heads: int = 2
+    chunk_size: int | None = None
+    scale: float | None = None
+
+    def build(self, seed=0):
+        rng = np.random.default_rng(seed)
+        lead, dim, values = (self.batch, self.time), 6, 3
+        inputs = {
+            "query": rng.normal(size=(*lead, self.key_heads, dim)),
+            "key": correlated_keys(rng, *lead, self.key_heads, dim, self.cosine),
+            "value": rng.normal(size=(*lead, self.heads, values)),
+            # up to the largest and down to 0, both included
+            "beta": self.beta * rng.uniform(-0.2, 1.2, size=(*lead, self.heads)).clip(0, 1),
+            "initial_state": rng.normal(size=(self.batch, self.heads, dim, values)),
+        }
+        if self.decay == "head":
+            inputs["log_decay"] = -rng.exponential(0.1, size=self.heads)
+        elif self.decay is not None:
+            channels = (dim,) if self.decay == "channel" else ()
+            inputs["log_decay"] = hard_decay(rng, (*lead, self.heads, *channels))
+        if self.erase_key:
+            # a step contracts as long as the erase key is not far from the key
+            moved = inputs["key"] + 0.1 * rng.normal(size=inputs["key"].shape)
+            inputs["erase_key"] = moved / np.linalg.norm(moved, axis=-1, keepdims=True)
+        options = {"chunk_size": self.chunk_size, "scale": self.scale, "erase": self.erase}
+        if self.longest is not None:
+            options["segment_ids"] = packed_ids(rng, *lead, self.longest)
+        return inputs, options, rng
+
+
+CASES = {
+    "one step": Case(1),
+    "two steps, decay of a head": Case(2, "head", scale=1.0),
+    "a step short of a chunk, grouped heads": Case(63, "step", heads=4),
+    "one chunk, segments, close keys": Case(64, cosine=0.9, longest=30, batch=3),
+    "a step more, short segments": Case(65, "head", 0.9, longest=3, batch=3),
+    "odd length, everything": Case(
+        97, "channel", erase_key=True, erase="undecayed", longest=40, batch=3, heads=4,
+        chunk_size=16,
+    ),
+    "undecayed, gates of heads": Case(97, "step", 0.9, erase="undecayed", beta=1.0, chunk_size=32),
+    "erase key, gates of heads": Case(33, "step", erase_key=True, longest=9, batch=3),
+    "long, close keys": Case(500, "step", 0.9, batch=1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forms_agree(name):
+    inputs, options, rng = CASES[name].build()
+    check_agreement(delta_rule, oracles.delta_rule, inputs, options, rng)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("time", [1, 2, 63, 64, 65, 97, 500])
+@pytest.mark.parametrize("decay", [None, "head", "step", "channel"])
+@pytest.mark.parametrize("cosine", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("longest", [None, 5, 80])
+@pytest.mark.parametrize("erase", ["decayed", "undecayed"])
+def test_forms_agree_everywhere(time, decay, cosine, longest, erase):
+    case = Case(time, decay, cosine, erase=erase, longest=longest, batch=3, heads=4)
+    inputs, options, rng = case.build(time)
+    check_agreement(delta_rule, oracles.delta_rule, inputs, options, rng)
+
+
+def test_16_bit_inputs():
+    inputs, options, rng = Case(97, "step", longest=40, batch=3).build()
+    check_16_bit(delta_rule, inputs, options, rng)
+
+
+def test_small_correction_of_a_large_value_survives():
+    """v - S^T k, a small difference of large numbers, is float32 for 16-bit inputs too."""
+    key = jnp.zeros((1, 2, 1, 2), jnp.bfloat16).at[..., 0].set(1)
+    value = jnp.asarray([[[[4096.0]], [[4064.0]]]], jnp.bfloat16)
+    beta = jnp.full((1, 2, 1), 0.25, jnp.bfloat16)
+    state = jnp.asarray([[[[4097.0], [0.0]]]])
+    for form in ("reference", "chunked"):
+        options = {"initial_state": state, "implementation": form}
+        _, after = jax.jit(lambda *x, o=options: delta_rule(*x, **o))(key, key, value, beta)
+        expected = 4097 + 0.25 * (4096 - 4097)
+        expected += 0.25 * (4064 - expected)
+        np.testing.assert_allclose(after[0, 0, 0, 0], expected, rtol=1e-7)
+
+
+def test_erasing_a_key_with_strength_one_overwrites_it():
+    rng = np.random.default_rng(0)
+    key = np.repeat(correlated_keys(rng, 1, 1, 1, 4, 0), 40, axis=1)
+    value = rng.normal(size=(1, 40, 1, 3))
+    call = jax.jit(lambda *arrays: delta_rule(*arrays, scale=1.0)[0])
+    out = call(key, key, value, np.ones((1, 40, 1)))
+    np.testing.assert_allclose(out, value, rtol=1e-5, atol=1e-5)
+
+
+def test_gate_of_a_head_is_the_same_gate_on_every_channel():
+    inputs, _, rng = Case(40, "step", heads=4).build()
+    by_channel = np.repeat(inputs["log_decay"][..., None], inputs["key"].shape[-1], axis=-1)
+    call = jax.jit(lambda inputs: delta_rule(**inputs))
+    assert_close(call(inputs | {"log_decay": by_channel}), call(inputs), 1e-5)
+
+
+def test_gradients_stay_finite_where_keys_repeat():
+    """The hardest system to invert: one key again and again, strength 2, nothing decays."""
+    rng = np.random.default_rng(0)
+    inputs = {
+        "query": rng.normal(size=(1, 128, 1, 4)),
+        "key": np.repeat(correlated_keys(rng, 1, 1, 1, 4, 0), 128, axis=1),
+        "value": rng.normal(size=(1, 128, 1, 3)),
+        "beta": np.full((1, 128, 1), 2.0),
+    }
+    shapes = jax.eval_shape(lambda x: delta_rule(**x), inputs)
+    cotangents = jax.tree.map(lambda x: rng.normal(size=x.shape), shapes)
+    results = {
+        form: jax.jit(with_gradients(lambda x, f=form: delta_rule(**x, implementation=f)))(
+            inputs, cotangents
+        )
+        for form in ("reference", "chunked")
+    }
+    assert_close(results["chunked"], results["reference"], 1e-4)
+
+
+BAD = {
+    "query: expected [batch, time, key_heads, key_dim] = [any, any, any, any]": {
+        "query": np.zeros((2, 5, 4))
+    },
+    "key: expected query's [batch, time, key_heads, key_dim] = [2, 5, 2, 4]": {
+        "key": np.zeros((2, 5, 2, 3))
+    },
+    "value: expected a floating-point array, got dtype int64": {
+        "value": np.zeros((2, 5, 2, 3), np.int64)
+    },
+    "value: the number of its heads must be a multiple of the key's 2, got 3": {
+        "value": np.zeros((2, 5, 3, 3))
+    },
+    "beta: expected [batch, time, heads] = [2, 5, 2], got shape [2, 5]": {"beta": np.zeros((2, 5))},
+    "log_decay: expected [heads] = [2]": {"log_decay": np.zeros((2, 5, 4))},
+    "erase_key: expected key's shape = [2, 5, 2, 4], got shape [2, 5, 4, 4]": {
+        "erase_key": np.zeros((2, 5, 4, 4))
+    },
+    "erase: expected one of 'decayed', 'undecayed', got 'undecay'; did you mean 'undecayed'?": {
+        "erase": "undecay"
+    },
+    "initial_state: expected [batch, heads, key_dim, value_dim] = [2, 2, 4, 3]": {
+        "initial_state": np.zeros((2, 2, 3, 4))
+    },
+    "segment_ids: expected int32 [batch, time], got float32": {
+        "segment_ids": np.zeros((2, 5), np.float32)
+    },
+    "chunk_size: expected an integer of at least 1 or None, got 2.5": {"chunk_size": 2.5},
+    "implementation: delta_rule has no form 'mosaic_tpu' yet; it has reference, chunked": {
+        "implementation": "mosaic_tpu"
+    },
+}
+
+
+@pytest.mark.parametrize("message", BAD, ids=[m.partition(":")[0] for m in BAD])
+def test_bad_input(message):
+    good = {
+        "query": np.zeros((2, 5, 2, 4), np.float32),
+        "key": np.zeros((2, 5, 2, 4), np.float32),
+        "value": np.zeros((2, 5, 2, 3), np.float32),
+        "beta": np.zeros((2, 5, 2), np.float32),
+    }
+    with pytest.raises(ValueError) as error:
+        delta_rule(**good | BAD[message])
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_named_shapes(name):
+    shape = SHAPES[name]
+    arrays = jax.eval_shape(lambda: example(shape, jax.random.key(0), jnp.bfloat16))
+    out, state = jax.eval_shape(lambda arrays: delta_rule(**arrays), arrays)
+    assert out.shape == (shape.batch, shape.time, shape.heads, shape.value_dim)
+    assert out.dtype == jnp.bfloat16
+    assert state.shape == (shape.batch, shape.heads, shape.key_dim, shape.value_dim)
+    assert state.dtype == jnp.float32

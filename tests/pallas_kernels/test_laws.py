@@ -1,0 +1,297 @@
+"""The laws that every operation with a state obeys, in every form: see `memseq.pallas_kernels`.
+
+One compiled function a form, with its gradients, answers most questions: only values differ.
+"""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from memseq.pallas_kernels import causal_conv, delta_rule, linear_attention
+from tests.pallas_kernels.harness import (
+    assert_close,
+    assert_same,
+    correlated_keys,
+    cotangents_like,
+    hard_decay,
+    with_gradients,
+)
+
+BATCH, TIME, HEADS, DIM = 4, 40, 2, 4
+FORMS = ("reference", "chunked")
+IDS = np.array([-1] * 2 + [0] * 9 + [1] * 3 + [-1] * 2 + [1] * 12 + [0] * 10 + [-1] * 2, np.int32)
+
+
+def linear_attention_inputs(rng):
+    lead = (BATCH, TIME, HEADS)
+    return {
+        "query": rng.normal(size=(*lead, DIM)),
+        "key": correlated_keys(rng, *lead, DIM, 0.5),
+        "value": rng.normal(size=(*lead, 3)),
+        "log_decay": hard_decay(rng, (*lead, DIM)),
+        "bonus": rng.normal(size=(HEADS, DIM)),
+        "initial_state": rng.normal(size=(BATCH, HEADS, DIM, 3)),
+    }
+
+
+def delta_rule_inputs(rng):
+    inputs = linear_attention_inputs(rng)
+    del inputs["bonus"]
+    lead = (BATCH, TIME, HEADS)
+    return inputs | {"log_decay": hard_decay(rng, lead), "beta": rng.uniform(0, 2, size=lead)}
+
+
+def causal_conv_inputs(rng):
+    return {
+        "x": rng.normal(size=(BATCH, TIME, 3)),
+        "kernel": rng.normal(size=(4, 3)),
+        "bias": rng.normal(size=3),
+        "initial_state": rng.normal(size=(BATCH, 3, 3)),
+    }
+
+
+OPERATIONS = {
+    "linear_attention": (linear_attention, linear_attention_inputs, {"chunk_size": 8}),
+    "delta_rule": (delta_rule, delta_rule_inputs, {"chunk_size": 8}),
+    "causal_conv": (causal_conv, causal_conv_inputs, {"activation": "silu"}),
+}
+SHARED = ("bonus", "kernel", "bias")  # the arguments without a batch axis
+
+
+class Operation:
+    """One operation in one form, its inputs in float32, and it compiled with its gradients."""
+
+    def __init__(self, name, form):
+        self.function, build, self.options = OPERATIONS[name]
+        self.form = form
+        self.rng = np.random.default_rng(0)
+        self.inputs = {k: x.astype(np.float32) for k, x in build(self.rng).items()}
+        self.by_time = [k for k in self.inputs if k not in (*SHARED, "initial_state")]
+        self.cotangents = cotangents_like(self.rng, jax.eval_shape(self.call, self.inputs))
+        self.run = jax.jit(
+            lambda inputs, cotangents, ids: with_gradients(
+                lambda inputs: self.call(inputs, segment_ids=ids)
+            )(inputs, cotangents)
+        )
+
+    def call(self, inputs, **options):
+        return self.function(**inputs, **self.options | options, implementation=self.form)
+
+    def changed(self, where):
+        """The inputs with other values at [row, time], decays and strengths included."""
+        inputs = {k: x.copy() for k, x in self.inputs.items()}
+        for name in self.by_time:
+            inputs[name][where] = np.roll(inputs[name][where], 1, axis=-2) * 0.5
+        return inputs
+
+    def cotangents_where(self, keep, state):
+        """The cotangents of the outputs at `keep` [batch, time] and, if so, of the state."""
+        out, last = self.cotangents
+        keep = keep.reshape(*keep.shape, *[1] * (out.ndim - 2))
+        return np.where(keep, out, 0), last if state else 0 * last
+
+
+@pytest.fixture(scope="module", params=[(n, f) for n in OPERATIONS for f in FORMS], ids="-".join)
+def operation(request):
+    return Operation(*request.param)
+
+
+ONE_SEGMENT = np.zeros((BATCH, TIME), np.int32)
+PACKED = np.stack([IDS, IDS[::-1], np.roll(IDS, 5), ONE_SEGMENT[0]])
+
+
+def test_the_future_changes_nothing(operation):
+    for now in (13, 16):
+        past = np.broadcast_to(np.arange(TIME) < now, (BATCH, TIME))
+        cotangents = operation.cotangents_where(past, state=False)
+        for ids in (ONE_SEGMENT, PACKED):
+            (out, state), gradients = operation.run(operation.inputs, cotangents, ids)
+            later = operation.changed(np.s_[:, now:])
+            (other, other_state), others = operation.run(later, cotangents, ids)
+            assert (np.asarray(out)[:, now:] != np.asarray(other)[:, now:]).any()
+            assert (np.asarray(state) != np.asarray(other_state)).any()
+            assert_same(other[:, :now], out[:, :now])
+            for name, gradient in gradients.items():
+                if name in operation.by_time:
+                    assert_same(others[name][:, :now], gradient[:, :now], name)
+                    assert_same(gradient[:, now:], np.zeros_like(gradient[:, now:]), name)
+                else:
+                    assert_same(others[name], gradient, name)
+
+
+def test_rows_of_a_batch_are_alone(operation):
+    outputs, gradients = operation.run(operation.inputs, operation.cotangents, PACKED)
+    others = operation.run(operation.changed(np.s_[1:]), operation.cotangents, PACKED)
+    assert_same([x[:1] for x in others[0]], [x[:1] for x in outputs])
+    for name in gradients:
+        if name not in SHARED:
+            assert_same(others[1][name][:1], gradients[name][:1], name)
+
+
+def test_segments_are_alone(operation):
+    """The gradient of one segment's loss in another segment's inputs is zero, not small."""
+    for index, (start, end) in enumerate([(2, 11), (11, 28), (28, 38)]):
+        inside = np.zeros((BATCH, TIME), bool)
+        inside[0, start:end] = IDS[start:end] >= 0
+        cotangents = operation.cotangents_where(inside, state=False)
+        _, gradients = operation.run(operation.inputs, cotangents, PACKED)
+        for name in operation.by_time:
+            gradient = np.asarray(gradients[name])
+            assert (gradient[inside] != 0).any(), name
+            assert_same(gradient[~inside], np.zeros_like(gradient[~inside]), name)
+        # the initial state continues the first segment only
+        assert (np.asarray(gradients["initial_state"][0]) != 0).any() == (index == 0)
+
+
+def test_padding_is_invisible(operation):
+    (out, _), gradients = operation.run(operation.inputs, operation.cotangents, PACKED)
+    for x in (out, *(gradients[name] for name in operation.by_time)):
+        assert_same(np.asarray(x)[PACKED < 0], np.zeros_like(np.asarray(x)[PACKED < 0]))
+    inputs = {k: x.copy() for k, x in operation.inputs.items()}
+    for name in operation.by_time:
+        inputs[name][PACKED < 0] = np.nan
+    assert_same(
+        operation.run(inputs, operation.cotangents, PACKED),
+        operation.run(operation.inputs, operation.cotangents, PACKED),
+    )
+
+
+def test_packed_equals_separate(operation):
+    """The three segments of one row, then each as a row of its own, from the same compilation."""
+    packed_ids = np.stack([IDS] + [np.full(TIME, -1, np.int32)] * (BATCH - 1))
+    outputs, gradients = operation.run(operation.inputs, operation.cotangents, packed_ids)
+    parts = [np.flatnonzero(IDS[a:b] >= 0) + a for a, b in [(0, 11), (11, 28), (28, 40)]]
+    rows = {k: x.copy() for k, x in operation.inputs.items()}
+    out_cotangent, state_cotangent = (x.copy() for x in operation.cotangents)
+    ids = np.full((BATCH, TIME), -1, np.int32)
+    for row, part in enumerate(parts):
+        ids[row, : len(part)] = 7
+        for name in operation.by_time:
+            rows[name][row, : len(part)] = operation.inputs[name][0, part]
+        out_cotangent[row, : len(part)] = operation.cotangents[0][0, part]
+    rows["initial_state"][1:] = 0
+    state_cotangent[:] = 0
+    state_cotangent[len(parts) - 1] = operation.cotangents[1][0]
+    separate = operation.run(rows, (out_cotangent, state_cotangent), ids)
+    for row, part in enumerate(parts):
+        assert_close(outputs[0][0, part], separate[0][0][row, : len(part)], 2e-5, f"part {row}")
+        for name in operation.by_time:
+            found = separate[1][name][row, : len(part)]
+            assert_close(gradients[name][0, part], found, 1e-4, f"part {row}, {name}")
+    assert_close(outputs[1][0], separate[0][1][len(parts) - 1], 2e-5, "state")
+    assert_close(gradients["initial_state"][0], separate[1]["initial_state"][0], 1e-4)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_any_split_equals_one_call(name):
+    """Split inside a chunk and inside a segment, values and gradients, in the two forms."""
+
+    def halves(operation, inputs):
+        outs, state = [], inputs["initial_state"]
+        for part in (slice(0, 21), slice(21, TIME)):
+            piece = {k: x[:, part] if k in operation.by_time else x for k, x in inputs.items()}
+            out, state = operation.call(
+                piece | {"initial_state": state}, segment_ids=PACKED[:, part]
+            )
+            outs.append(out)
+        return jax.numpy.concatenate(outs, axis=1), state
+
+    for form in FORMS:
+        operation = Operation(name, form)
+        split = jax.jit(with_gradients(lambda x, o=operation: halves(o, x)))
+        found = split(operation.inputs, operation.cotangents)
+        whole = operation.run(operation.inputs, operation.cotangents, PACKED)
+        assert_close(found[0], whole[0], 2e-5)
+        assert_close(found[1], whole[1], 1e-4)
+
+
+@pytest.mark.parametrize("name", ["linear_attention", "delta_rule"])
+def test_chunk_size_changes_nothing(name):
+    operation = Operation(name, "chunked")
+
+    def sizes(inputs, cotangents):
+        return {
+            size: with_gradients(
+                lambda x: operation.call(x, segment_ids=PACKED, chunk_size=size)  # noqa: B023
+            )(inputs, cotangents)
+            for size in (1, 16)
+        }
+
+    whole = operation.run(operation.inputs, operation.cotangents, PACKED)
+    for size, found in jax.jit(sizes)(operation.inputs, operation.cotangents).items():
+        assert_close(found[0], whole[0], 2e-5, f"chunk_size {size}")
+        assert_close(found[1], whole[1], 1e-4, f"chunk_size {size}")
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_transforms(name):
+    """vmap, forward mode, second derivatives, and a mesh of two devices, in float64."""
+    mesh = jax.make_mesh((2,), ("rows",), (AxisType.Auto,), devices=jax.devices()[:2])
+    rows, shared = PartitionSpec("rows"), PartitionSpec()
+
+    def everything(operation):
+        specs = {k: shared if k in SHARED else rows for k in operation.inputs}
+
+        def call(x):
+            return operation.call(x, segment_ids=None)
+
+        def one_row(x):
+            return jax.tree.map(
+                lambda y: y[0], call({k: v if k in SHARED else v[None] for k, v in x.items()})
+            )
+
+        def sharded(x):
+            return jax.shard_map(call, mesh=mesh, in_specs=(specs,), out_specs=rows)(x)
+
+        def loss(x):
+            return sum((c * y).sum() for c, y in zip(operation.cotangents, call(x), strict=True))
+
+        def run(x, direction):
+            axes = {k: None if k in SHARED else 0 for k in x}
+            return {
+                "vmap": jax.vmap(one_row, in_axes=(axes,))(x),
+                "shard_map": with_gradients(sharded)(x, operation.cotangents),
+                "jvp": jax.jvp(call, (x,), (direction,))[1],
+                "second": jax.jvp(jax.grad(loss), (x,), (direction,))[1],
+            }
+
+        return run, with_gradients(call)
+
+    operations = [Operation(name, form) for form in FORMS]
+    inputs = {k: x.astype(np.float64) for k, x in operations[0].inputs.items()}
+    direction = cotangents_like(operations[0].rng, inputs)
+    with jax.enable_x64(True):
+        (reference, plain), (chunked, _) = map(everything, operations)
+        a, b, c = jax.jit(
+            lambda x, d: (reference(x, d), chunked(x, d), plain(x, operations[0].cotangents))
+        )(inputs, direction)
+    assert_close(b, a, 1e-9)
+    assert_close(b["vmap"], c[0], 1e-9)
+    assert_close(b["shard_map"], c, 1e-9)
+    # the derivative along a direction, once forward and once backward
+    pairs = zip(a["jvp"], operations[0].cotangents, strict=True)
+    forward = sum((np.asarray(x) * y).sum() for x, y in pairs)
+    backward = sum((np.asarray(c[1][k]) * direction[k]).sum() for k in inputs)
+    np.testing.assert_allclose(forward, backward, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_memory_is_linear_in_time_and_the_program_does_not_grow(name):
+    function, build, options = OPERATIONS[name]
+    inputs = build(np.random.default_rng(0))
+
+    def program(time):
+        shapes = {
+            k: jax.ShapeDtypeStruct([time if n == TIME else n for n in x.shape], np.float32)
+            for k, x in inputs.items()
+        }
+        call = jax.value_and_grad(
+            lambda x: sum(y.sum() for y in function(**x, **options, implementation="chunked"))
+        )
+        return jax.jit(call).lower(shapes)
+
+    short, long = program(512), program(2048)
+    assert len(long.as_text().splitlines()) == len(short.as_text().splitlines())
+    sizes = [p.compile().memory_analysis().temp_size_in_bytes for p in (short, long)]
+    assert 0 < sizes[1] < 4.2 * sizes[0]

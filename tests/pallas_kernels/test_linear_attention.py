@@ -1,0 +1,173 @@
+"""`linear_attention`: its forms against the equations, at the sizes and values that break them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from memseq.pallas_kernels import linear_attention
+from memseq.pallas_kernels.linear_attention.shapes import SHAPES, example
+from tests.pallas_kernels import oracles
+from tests.pallas_kernels.harness import (
+    check_16_bit,
+    check_agreement,
+    correlated_keys,
+    hard_decay,
+    packed_ids,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """decay, value_decay: None, "head", "step" or "channel"; longest: of the packed segments."""
+
+    time: int
+    decay: str | None = None
+    value_decay: bool = False
+    bonus: bool = False
+    longest: int | None = None
+    batch: int = 2
+    key_heads: int = 2
+    heads: int = 2
+    chunk_size: int | None = None
+    scale: float | None = None
+
+    def build(self, seed=0):
+        rng = np.random.default_rng(seed)
+        lead, dim, values = (self.batch, self.time), 5, 3
+        inputs = {
+            "query": rng.normal(size=(*lead, self.key_heads, dim)),
+            "key": correlated_keys(rng, *lead, self.key_heads, dim, 0.5),
+            "value": rng.normal(size=(*lead, self.heads, values)),
+            "initial_state": rng.normal(size=(self.batch, self.heads, dim, values)),
+        }
+        if self.decay == "head":
+            inputs["log_decay"] = -rng.exponential(0.1, size=self.heads)
+        elif self.decay is not None:
+            channels = (dim,) if self.decay == "channel" else ()
+            inputs["log_decay"] = hard_decay(rng, (*lead, self.heads, *channels))
+        if self.value_decay:
+            inputs["value_log_decay"] = hard_decay(rng, inputs["value"].shape)
+        if self.bonus:
+            inputs["bonus"] = rng.normal(size=(self.heads, dim))
+        options = {"chunk_size": self.chunk_size, "scale": self.scale}
+        if self.longest is not None:
+            options["segment_ids"] = packed_ids(rng, *lead, self.longest)
+        return inputs, options, rng
+
+
+CASES = {
+    "one step": Case(1),
+    "two steps, decay of a head": Case(2, "head", scale=1.0),
+    "a step short of a chunk, grouped heads": Case(63, "step", heads=4),
+    "one chunk, segments": Case(64, "step", longest=30, batch=3),
+    "a step more, channels, short segments": Case(65, "channel", longest=3, batch=3),
+    "odd length, everything": Case(
+        97, "channel", value_decay=True, bonus=True, longest=40, batch=3, heads=4, chunk_size=16
+    ),
+    "bonus with gates of heads": Case(97, "step", bonus=True, longest=40, chunk_size=32),
+    "no decay, segments": Case(33, longest=9, chunk_size=8),
+    "long": Case(500, "step", batch=1),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forms_agree(name):
+    inputs, options, rng = CASES[name].build()
+    check_agreement(linear_attention, oracles.linear_attention, inputs, options, rng)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("time", [1, 2, 63, 64, 65, 97, 500])
+@pytest.mark.parametrize("decay", [None, "head", "step", "channel"])
+@pytest.mark.parametrize("longest", [None, 5, 80])
+@pytest.mark.parametrize("extra", [{}, {"bonus": True}, {"value_decay": True}])
+def test_forms_agree_everywhere(time, decay, longest, extra):
+    case = Case(time, decay, longest=longest, batch=3, heads=4, **extra)
+    inputs, options, rng = case.build(time)
+    check_agreement(linear_attention, oracles.linear_attention, inputs, options, rng)
+
+
+def test_16_bit_inputs():
+    inputs, options, rng = Case(97, "step", longest=40, batch=3).build()
+    check_16_bit(linear_attention, inputs, options, rng)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_named_shapes(name):
+    shape = SHAPES[name]
+    arrays = jax.eval_shape(lambda: example(shape, jax.random.key(0), jnp.bfloat16))
+    out, state = jax.eval_shape(lambda arrays: linear_attention(**arrays), arrays)
+    assert out.shape == (shape.batch, shape.time, shape.heads, shape.value_dim)
+    assert out.dtype == jnp.bfloat16
+    assert state.shape == (shape.batch, shape.heads, shape.key_dim, shape.value_dim)
+    assert state.dtype == jnp.float32
+
+
+def test_normaliser_is_a_value_column_of_ones():
+    rng = np.random.default_rng(0)
+    query, key = jax.nn.softplus(rng.normal(size=(2, 1, 20, 2, 4)).astype(np.float32))
+    value = rng.normal(size=(1, 20, 2, 3)).astype(np.float32)
+    ones = np.ones((1, 20, 2, 1), np.float32)
+    out, _ = jax.jit(linear_attention)(query, key, np.concatenate([value, ones], axis=-1))
+    scores = np.tril(np.einsum("bihk,bjhk->bhij", query, key))
+    weights = scores / scores.sum(-1, keepdims=True)
+    expected = np.einsum("bhij,bjhv->bihv", weights, value)
+    np.testing.assert_allclose(out[..., :-1] / out[..., -1:], expected, rtol=1e-4, atol=1e-5)
+
+
+BAD = {
+    "query: expected [batch, time, key_heads, key_dim] = [any, any, any, any]": {
+        "query": np.zeros((2, 5, 4))
+    },
+    "query: expected a floating-point array, got dtype int32": {
+        "query": np.zeros((2, 5, 2, 4), np.int32)
+    },
+    "query: expected an array, got list": {"query": [1.0]},
+    "key: expected query's [batch, time, key_heads, key_dim] = [2, 5, 2, 4]": {
+        "key": np.zeros((2, 5, 2, 3))
+    },
+    "value: expected [batch, time, heads, value_dim] = [2, 5, any, any], got shape [2, 6, 2, 3]": {
+        "value": np.zeros((2, 6, 2, 3))
+    },
+    "value: the number of its heads must be a multiple of the key's 2, got 3": {
+        "value": np.zeros((2, 5, 3, 3))
+    },
+    "log_decay: expected [heads] = [2], [batch, time, heads] = [2, 5, 2] or "
+    "[batch, time, heads, key_dim] = [2, 5, 2, 4], got shape [2, 5, 1]": {
+        "log_decay": np.zeros((2, 5, 1))
+    },
+    "log_decay: expected a floating-point array, got dtype bool": {
+        "log_decay": np.zeros((2, 5, 2), bool)
+    },
+    "value_log_decay: expected [batch, time, heads, value_dim] = [2, 5, 2, 3]": {
+        "value_log_decay": np.zeros((2, 5, 2))
+    },
+    "bonus: expected [heads, key_dim] = [2, 4], got shape [4]": {"bonus": np.zeros(4)},
+    "initial_state: expected [batch, heads, key_dim, value_dim] = [2, 2, 4, 3]": {
+        "initial_state": np.zeros((2, 2, 3, 4))
+    },
+    "segment_ids: expected int32 [batch, time], got float32": {
+        "segment_ids": np.zeros((2, 5), np.float32)
+    },
+    "segment_ids: expected [batch, time] = [2, 5], got shape [5]": {
+        "segment_ids": np.zeros(5, np.int32)
+    },
+    "chunk_size: expected an integer of at least 1 or None, got 0": {"chunk_size": 0},
+    "implementation: expected one of 'auto', 'reference', 'chunked', 'mosaic_tpu', 'mosaic_gpu', "
+    "got 'chunk'; did you mean 'chunked'?": {"implementation": "chunk"},
+}
+
+
+@pytest.mark.parametrize("message", BAD, ids=[m.partition(":")[0] for m in BAD])
+def test_bad_input(message):
+    good = {
+        "query": np.zeros((2, 5, 2, 4), np.float32),
+        "key": np.zeros((2, 5, 2, 4), np.float32),
+        "value": np.zeros((2, 5, 2, 3), np.float32),
+    }
+    with pytest.raises(ValueError) as error:
+        linear_attention(**good | BAD[message])
+    assert str(error.value).startswith(message)
