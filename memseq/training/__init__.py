@@ -1,0 +1,1 @@
+"""Training: state, step, loop, optimisers, checkpoints, metrics and progress."""
