@@ -30,7 +30,7 @@ import memseq
 HANDLERS = {
     "train": "memseq.training.loop",
     "recall": "memseq.evaluation.recall",
-    "generate": "memseq.models.generate_command",
+    "generate": "memseq.training.continue_text",
     "tasks": "memseq.tasks.show",
     "layers": "memseq.layers.table",
     "kernels": "memseq.pallas_kernels.bench",
