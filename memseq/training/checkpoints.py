@@ -14,6 +14,7 @@ next call, and the checkpoints before it stay as they are.
 import dataclasses
 import json
 import pathlib
+import re
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -306,7 +307,12 @@ def _checksum(body: Any) -> int:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of an error, short enough for a sentence."""
+    """What an error has to say in a sentence: the word of the system, or its first line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    system = re.search(r": ([^:]+) \[os_error_code=", str(error))
+    if system:
+        return system[1]
     line = (str(error).strip().splitlines() or [""])[0]
     line = line.partition(" See full TensorStore details")[0]
     return f"{type(error).__name__}: {line[:200]}".removesuffix(": ")

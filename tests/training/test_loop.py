@@ -117,6 +117,7 @@ def test_a_run_leaves_everything_in_its_folder(config, tmp_path, capsys):
 
 
 def test_a_stopped_run_goes_on_to_the_numbers_of_one_that_was_not(config, tmp_path, monkeypatch):
+    config.train.log_every = 1  # the line of the step that was stopped at must not be lost
     loop.train(config, tmp_path / "whole")
     with monkeypatch.context() as patch:
         before_step(patch, 2, lambda run: os.kill(os.getpid(), signal.SIGTERM))

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from memseq import partitioning
@@ -43,6 +44,21 @@ def test_the_loss_is_the_weighted_mean_and_falls():
     assert np.all(np.isfinite(losses)) and losses[-1] < 0.5 * losses[0]
     assert (int(state.step), int(state.skipped)) == (60, 0)
     assert float(metrics["weight"]) == data["weights"].sum()
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_the_gradient_is_that_of_the_mean(microbatches):
+    model, optimizer, step = make(microbatches)
+    state, data = start(model, optimizer), batch()
+
+    def mean(params):
+        logits, _ = model.apply(params, data["tokens"], segment_ids=data["segment_ids"])
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits, data["targets"])
+        return jnp.sum(nll * data["weights"]) / jnp.sum(data["weights"])
+
+    want = optax.tree.norm(jax.grad(mean)(state.params))
+    _, metrics = step(state, data)
+    np.testing.assert_allclose(metrics["grad_norm"], want, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

@@ -1,0 +1,71 @@
+"""Multi-query associative recall, the short ladder: 4, 8 or 16 pairs in 64 tokens.
+
+    memseq recall --config=configs/recall/mqar.py:gated_delta_net --seeds=3
+
+Filler between the queries is random, as in zoology, so it can look like a pair. At this size the
+task tells memories with a matrix, which all come close to 1, from those without one; it does not
+tell the matrix memories from each other (`configs/recall/main.py` does).
+
+Time on two cores: about a minute a memory for one seed.
+
+Variants: the name of a memory (that one alone), "smoke" (2 steps).
+"""
+
+from memseq.config import choose_variant
+from memseq.evaluation.settings import recall_config
+
+MATRIX = {
+    "heads": 4,
+    "key_dim": 16,
+    "value_dim": 16,
+    "conv_width": 2,  # a key and its value are neighbours
+    "output_gate": True,
+    "chunk_size": 16,
+}
+
+# Layer of `memseq.layers.REGISTRY` -> title and options of its constructor.
+LAYERS = {
+    "softmax_attention": (
+        "Softmax attention (RoPE)",
+        {"heads": 4, "head_dim": 16, "conv_width": 2, "output_gate": True},
+    ),
+    "linear_attention": ("Linear attention", MATRIX),
+    "gated_linear_attention": ("Gated linear attention", MATRIX),
+    "delta_net": ("DeltaNet", MATRIX),
+    "gated_delta_net": ("Gated DeltaNet", MATRIX),
+    "mamba2": (
+        "Mamba-2",
+        {"heads": 4, "expand": 1, "state_dim": 16, "conv_width": 2, "chunk_size": 16},
+    ),
+}
+
+MEMORIES = {
+    layer: {"title": title, "layer": layer, "options": options}
+    for layer, (title, options) in LAYERS.items()
+}
+
+TASKS = {
+    "mqar": {
+        "title": "MQAR",
+        "question": "is the value of every key read back?",
+        "name": "mqar",
+        "training": {"steps": 700},
+    },
+}
+
+VARIANTS = {layer: {"compare": (layer,)} for layer in LAYERS} | {
+    "smoke": {
+        "compare": ("linear_attention",),
+        "model.features": 16,
+        "training.learning_rates": (3e-3,),
+        "training.batch": 4,
+        "training.warmup": 1,
+        "training.validation_examples": 4,
+        "training.test_examples": 8,
+        "tasks.mqar.training.steps": 2,
+    },
+}
+
+
+def get_config(variant=""):
+    return choose_variant(recall_config(MEMORIES, TASKS), variant, VARIANTS)
