@@ -199,6 +199,27 @@ def test_overflow_belongs_to_its_segment():
     np.testing.assert_allclose(y[1, :8], alone[1, :8], rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 3, "sink_tokens": 1}])
+def test_border_in_a_later_call(options):
+    """A segment that begins behind what the cache held sees none of it, now and in later calls."""
+    layer, params, x = example(time=15, **options)
+    state, outs = layer.init_state(2, context=10), []
+    for start, ids in ((0, [3] * 5), (5, [3] + [4] * 4), (10, [4] * 5)):
+        ids = np.array([ids] * 2, np.int32)
+        y, state = run(layer, params, x[:, start : start + 5], state, ids)
+        outs.append(y)
+    alone, wants = layer.init_state(2, context=10), []
+    behind = np.concatenate([x[:, 6:], x[:, :1]], axis=1)
+    for start, ids in ((0, [0] * 5), (5, [0] * 4 + [-1])):
+        ids = np.array([ids] * 2, np.int32)
+        y, alone = run(layer, params, behind[:, start : start + 5], alone, ids)
+        wants.append(y)
+    got, want = (np.concatenate(parts, axis=1) for parts in (outs, wants))
+    np.testing.assert_allclose(got[:, 6:], want[:, :9], rtol=0, atol=2e-5)
+    np.testing.assert_array_equal(state.length, [9, 9])
+    np.testing.assert_array_equal(np.sort(state.position), np.sort(alone.position))
+
+
 def test_gradient_through_the_cache():
     """What was kept carries gradient: the same as through one call."""
     layer, params, x = example(time=9, window=4)
@@ -256,6 +277,7 @@ def test_dtypes():
         ({"sink_tokens": -1}, "sink_tokens: .* got -1"),
         ({"conv_width": -1}, "conv_width: .* got -1"),
         ({"implementation": "flash"}, "implementation: .* got 'flash'"),
+        ({"implementation": "mosaic_tpu"}, "implementation: attention has no form 'mosaic_tpu'"),
     ],
 )
 def test_bad_options(options, message):

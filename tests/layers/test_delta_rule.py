@@ -155,7 +155,8 @@ def test_starts():
     assert kernel.shape == (4, 3 * 256) and 0.49 < np.abs(kernel).max() <= 0.5
     for max_beta in (1.0, 2.0):
         layer = DeltaNet(32, max_beta=max_beta)
-        _, beta = layer.apply({"params": init(layer)}, jnp.zeros((1, 1, 32)), method="project")
+        params = {"params": random_params(layer, features=32)}
+        _, beta = layer.apply(params, np.zeros((1, 1, 32), np.float32), method="project")
         np.testing.assert_allclose(beta, np.full((1, 1, 4), max_beta / 2), rtol=1e-6)
 
 

@@ -121,6 +121,9 @@ def test_normalised_reads_are_averages():
     highest, lowest = (f.accumulate(value, axis=1) for f in (np.maximum, np.minimum))
     assert (y <= highest + 1e-12).all() and (y >= lowest - 1e-12).all()
     params["key"]["kernel"] = np.zeros_like(params["key"]["kernel"])
+    params["query"]["kernel"] = np.full_like(params["query"]["kernel"], -0.3)
+    x = np.abs(x)  # queries of small positive features: the normaliser is small
+    value = x @ params["value"]["kernel"]
     y, _, _ = run64(layer, params, x)
     mean = value.cumsum(axis=1) / np.arange(1, x.shape[1] + 1)[:, None]
     np.testing.assert_allclose(y, mean, rtol=0, atol=1e-12)

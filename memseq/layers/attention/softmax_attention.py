@@ -165,7 +165,7 @@ class SoftmaxAttention(SequenceLayer):
             key_positions=key_positions,
             query_segments=ids,
             key_segments=key_segments,
-            implementation=self.plain_implementation(),
+            implementation=self.implementation,
         )
         if state.grows:
             state = grown(state, time)
