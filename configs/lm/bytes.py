@@ -6,6 +6,11 @@ order-2 and order-3 context models that were fitted on the same training text.
 
     memseq train --config=configs/lm/bytes.py --workdir=runs/bytes
     memseq generate --workdir=runs/bytes --prompt='def '
+
+Time and numbers, measured once on two busy CPU cores: 13 CPU-minutes for everything, set-up,
+compilation and scoring included. On 50 kB of held-out files the order-2 model has 2.78 bits/byte and
+the order-3 model 2.29. This model was below order-2 at its first score (2.68 after 2 CPU-minutes) and
+below order-3 after 7 (2.25), and ended at 1.92.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -54,14 +59,14 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.glob = ""
     config.data.data_dir = ""  # where prepared text is kept; "" is the user's cache
     config.data.limit_mb = 0.0  # millions of bytes taken; 0 is all
-    config.data.held_out_mb = 0.1  # millions of bytes scored; 0 is all
+    config.data.held_out_mb = 0.05  # millions of bytes scored; 0 is all
 
     config.train = ConfigDict()
-    config.train.steps = 2000
-    config.train.batch = 16
+    config.train.steps = 1200
+    config.train.batch = 8
     config.train.length = 256
     config.train.microbatches = 1
-    config.train.loss_chunk = 1024
+    config.train.loss_chunk = 256  # positions whose logits are held at once
     config.train.log_every = 20
     config.train.max_skipped = 20  # steps in a row without a finite loss or gradient
 
@@ -80,9 +85,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.optimizer.clip_norm = 1.0
 
     config.eval = ConfigDict()
-    config.eval.every = 250  # 0 is only at the start and at the end
+    config.eval.every = 150  # 0 is only at the start and at the end
     config.checkpoint = ConfigDict()
-    config.checkpoint.every = 250
+    config.checkpoint.every = 150
     config.checkpoint.keep = 2
     config.profile = ConfigDict()
     config.profile.start = 0  # a trace of the steps between start and stop; equal is none

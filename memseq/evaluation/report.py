@@ -19,9 +19,9 @@ Manifest = Mapping[str, Any]
 
 CAPTIONS = {
     "scores": """
-        Every memory is one layer of the same width in the same model. A mark is a seed, the black
-        bar the median, whose value stands at the right. The dashed line is what guessing
-        reaches.""",
+        Every memory is one layer of the same width in the same model, trained for the same
+        number of steps. A mark is a seed, the black bar the median, whose value stands at
+        the right. The dashed line is what guessing reaches.""",
     "leaderboard": """
         Median over seeds (lowest to highest, where they differ). State is what one sequence
         carries after the last position of the test, counted from its own arrays.""",
@@ -48,9 +48,10 @@ CAPTIONS = {
         is Hebbian, gated linear attention and Mamba-2 are with decay, the mesa layer is least
         squares.""",
     "losses": """
-        {}: training loss in nats, a line a seed, at the learning rate that validation chose. The
-        dashed line is the loss of guessing at chance; a plateau near it is a memory that has not
-        found its keys yet.""",
+        {}: training loss in nats, a line a seed, at the learning rate that validation
+        chose. The dashed line is the loss of guessing at chance. A long plateau before the
+        fall is a memory that has not found its keys yet; a line that still falls at the end
+        would gain from more steps.""",
     "rates": """
         Validation accuracy at each learning rate: a mark a seed, a line through the medians. Each
         seed is reported at its own best rate; the tests were not looked at for that choice.""",
