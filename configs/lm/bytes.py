@@ -8,9 +8,9 @@ order-2 and order-3 context models that were fitted on the same training text.
     memseq generate --workdir=runs/bytes --prompt='def '
 
 Time and numbers, measured once on two busy CPU cores: 13 CPU-minutes for everything, set-up,
-compilation and scoring included. On 50 kB of held-out files the order-2 model has 2.78 bits/byte and
-the order-3 model 2.29. This model was below order-2 at its first score (2.68 after 2 CPU-minutes) and
-below order-3 after 7 (2.25), and ended at 1.92.
+compilation and scoring included. On 50 kB of held-out files the order-2 model has 2.78 bits/byte
+and the order-3 model 2.29. This model was below order-2 at its first score (2.68 after 2
+CPU-minutes) and below order-3 after 7 (2.25), and ended at 1.92.
 """
 
 from ml_collections import ConfigDict, config_dict

@@ -28,7 +28,7 @@ def test_table_of_forms(capsys):
 
 
 @pytest.mark.parametrize(
-    "chosen", ["linear_attention", "causal_conv", pytest.param("all", marks=pytest.mark.slow)]
+    "chosen", ["attention", "causal_conv", pytest.param("all", marks=pytest.mark.slow)]
 )
 def test_bench(chosen, capsys, monkeypatch):
     monkeypatch.setattr(bench, "MATMUL", 64)

@@ -231,8 +231,6 @@ def test_transforms(name):
     rows, shared = PartitionSpec("rows"), PartitionSpec()
 
     def everything(operation):
-        specs = {k: shared if k in SHARED else rows for k in operation.inputs}
-
         def call(x):
             return operation.call(x, segment_ids=None)
 
@@ -242,6 +240,8 @@ def test_transforms(name):
             )
 
         def sharded(x):
+            # without a state: the zeros made for it must vary over the mesh as the inputs do
+            specs = {k: shared if k in SHARED else rows for k in x}
             return jax.shard_map(call, mesh=mesh, in_specs=(specs,), out_specs=rows)(x)
 
         def loss(x):
@@ -251,26 +251,35 @@ def test_transforms(name):
             axes = {k: None if k in SHARED else 0 for k in x}
             return {
                 "vmap": jax.vmap(one_row, in_axes=(axes,))(x),
-                "shard_map": with_gradients(sharded)(x, operation.cotangents),
+                "shard_map": with_gradients(sharded)(stateless(x), operation.cotangents),
                 "jvp": jax.jvp(call, (x,), (direction,))[1],
                 "second": jax.jvp(jax.grad(loss), (x,), (direction,))[1],
             }
 
         return run, with_gradients(call)
 
+    def stateless(x):
+        return {k: v for k, v in x.items() if k != "initial_state"}
+
     operations = [Operation(name, form) for form in FORMS]
     inputs = {k: x.astype(np.float64) for k, x in operations[0].inputs.items()}
     direction = cotangents_like(operations[0].rng, inputs)
     with jax.enable_x64(True):
         (reference, plain), (chunked, _) = map(everything, operations)
-        a, b, c = jax.jit(
-            lambda x, d: (reference(x, d), chunked(x, d), plain(x, operations[0].cotangents))
+        cotangents = operations[0].cotangents
+        a, b, c, d = jax.jit(
+            lambda x, direction: (
+                reference(x, direction),
+                chunked(x, direction),
+                plain(x, cotangents),
+                plain(stateless(x), cotangents),
+            )
         )(inputs, direction)
     assert_close(b, a, 1e-9)
     assert_close(b["vmap"], c[0], 1e-9)
-    assert_close(b["shard_map"], c, 1e-9)
+    assert_close(b["shard_map"], d, 1e-9)
     # the derivative along a direction, once forward and once backward
-    pairs = zip(a["jvp"], operations[0].cotangents, strict=True)
+    pairs = zip(a["jvp"], cotangents, strict=True)
     forward = sum((np.asarray(x) * y).sum() for x, y in pairs)
     backward = sum((np.asarray(c[1][k]) * direction[k]).sum() for k in inputs)
     np.testing.assert_allclose(forward, backward, rtol=1e-9)

@@ -1,11 +1,15 @@
 """Cutting time into chunks."""
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 CHUNK = 64
+# Bytes of one array [batch, heads, time, ...] up to which a CPU's caches hold a whole call.
+WHOLE = 2**21
 
 
 def chunk_length(chunk_size: int | None, time: int) -> int:
@@ -62,3 +66,45 @@ def chunk_masks(index: jax.Array | None, time: int, chunk: int) -> ChunkMasks:
         index == end[..., None],
         start == end,
     )
+
+
+def whole_or_by_chunk(
+    form: Callable[..., Any], arrays: tuple, state: jax.Array, index: jax.Array | None, chunk: int
+) -> Any:
+    """form(arrays, state, index) -> (out, state) of a whole call, or of one chunk after another.
+
+    A form passes over its intermediates dozens of times. Where they do not fit a CPU's caches, a
+    chunk at a time is faster by more than it costs to take the chunk again in the backward pass.
+    Other devices, and short calls, want all the work at once.
+
+    arrays: [batch, time, heads, ...] or None each, of which zeros write and decay nothing.
+    index: the segment index int32 [batch, time] or None, counted from that of `state`.
+    """
+    batch, time, heads = arrays[0].shape[:3]
+    widest = max(chunk, *(x.shape[3] for x in arrays if x is not None and x.ndim == 4))
+    if batch * time * heads * widest * state.dtype.itemsize <= WHOLE:
+        return form(arrays, state, index)
+
+    def cut(x, **padding):
+        x = jnp.pad(x, [(0, 0), (0, -time % chunk)] + [(0, 0)] * (x.ndim - 2), **padding)
+        return jnp.moveaxis(x.reshape(batch, -1, chunk, *x.shape[2:]), 1, 0)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def step(carried, inputs):
+        state, last = carried
+        arrays, index = inputs
+        if index is not None:
+            index, last = index - last[:, None], index[:, -1]
+        out, state = form(arrays, state, index)
+        return (state, last), out
+
+    def by_chunk(arrays, state, index):
+        last = None
+        if index is not None:
+            index = cut(index, mode="edge")
+            last = jnp.zeros_like(index[0, :, 0])
+        (state, _), out = jax.lax.scan(step, (state, last), (jax.tree.map(cut, arrays), index))
+        out = jnp.moveaxis(out, 0, 1)
+        return out.reshape(batch, -1, *out.shape[3:])[:, :time], state
+
+    return jax.lax.platform_dependent(arrays, state, index, cpu=by_chunk, default=form)

@@ -5,18 +5,28 @@ x_i = beta_i (v_i - what the memory holds under e_i), the writes of one chunk so
 
     x_i + sum_{j<i} beta_i (e_i k_j D_ij) x_j = beta_i (v_i - e_i D_i S).
 
-T, the inverse of that unit lower-triangular system, gives x = T beta v - (T beta e D) S: only the
-second factor of the second term waits for the memory, so a short scan over chunks is all that
-is sequential. Then out_i = q_i D_i S + sum_{j<=i} (q_i k_j D_ij) x_j.
+T, the inverse of that unit lower-triangular system, is taken for all chunks at once. What waits for
+the memory is x = T beta (v - e D S), a short scan over chunks. Then out_i = q_i D_i S +
+sum_{j<=i} (q_i k_j D_ij) x_j.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from memseq.pallas_kernels.common import decay
-from memseq.pallas_kernels.common.chunks import chunk_length, chunk_masks, from_chunks, to_chunks
+from memseq.pallas_kernels.common.chunks import (
+    chunk_length,
+    chunk_masks,
+    from_chunks,
+    to_chunks,
+    whole_or_by_chunk,
+)
 from memseq.pallas_kernels.common.precision import products_precision
 from memseq.pallas_kernels.common.triangular import unit_lower_inverse
+
+HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def chunked(
@@ -34,8 +44,15 @@ def chunked(
     chunk_size=None,
 ):
     """See `delta_rule`; heads equal, padding zeroed, `index` the segment index or None."""
+    chunk = chunk_length(chunk_size, query.shape[1])
+    form = functools.partial(_form, scale=scale, erase=erase, chunk=chunk)
+    arrays = (query, key, value, beta, log_decay, erase_key)
+    return whole_or_by_chunk(form, arrays, initial_state, index, chunk)
+
+
+def _form(arrays, initial_state, index, *, scale, erase, chunk):
+    query, key, value, beta, log_decay, erase_key = arrays
     time, dtype = query.shape[1], initial_state.dtype
-    chunk = chunk_length(chunk_size, time)
     precision = products_precision(query, key, value)
     masks = chunk_masks(index, time, chunk)
     q, k, v, b = (to_chunks(x.astype(dtype), chunk) for x in (query, key, value, beta))
@@ -77,27 +94,19 @@ def chunked(
     k_end = jnp.where(masks.to_end[..., None], k_end, 0)
     carry = jnp.where(masks.carried[..., None, None], carry, 0)
 
-    inverse = unit_lower_inverse(b[..., None] * held)
-    solved = jnp.einsum(
-        "bhnij,bhnjd->bhnid",
-        inverse,
-        b[..., None] * jnp.concatenate([v, e_start], axis=-1),
-        precision=jax.lax.Precision.HIGHEST,
-    )
-    new_values, erased = jnp.split(solved, [v.shape[-1]], axis=-1)
+    solve = unit_lower_inverse(b[..., None] * held) * b[..., None, :]
 
     def step(state, inputs):
-        new_value, erased, k_end, carry = inputs
-        # float32 products: a write is a small difference of two large numbers
-        written = new_value - jnp.einsum(
-            "bhik,bhkv->bhiv", erased, state, precision=jax.lax.Precision.HIGHEST
-        )
+        solve, v, e_start, k_end, carry = inputs
+        # float32 products: an error is a small difference of two large numbers
+        error = v - jnp.einsum("bhik,bhkv->bhiv", e_start, state, precision=HIGHEST)
+        written = jnp.einsum("bhij,bhjv->bhiv", solve, error, precision=HIGHEST)
         added = jnp.einsum("bhik,bhiv->bhkv", k_end, written, precision=precision)
         return carry * state + added, (state, written)
 
     chunks = q.shape[2]
     carry = jnp.broadcast_to(carry, (*carry.shape[:2], chunks, *carry.shape[3:]))
-    by_chunk = (jnp.moveaxis(x, 2, 0) for x in (new_values, erased, k_end, carry))
+    by_chunk = (jnp.moveaxis(x, 2, 0) for x in (solve, v, e_start, k_end, carry))
     state, (starts, written) = jax.lax.scan(step, initial_state, tuple(by_chunk))
     out = jnp.einsum("bhnik,nbhkv->bhniv", q_start, starts, precision=precision)
     out += jnp.einsum("bhnij,nbhjv->bhniv", read, written, precision=precision)

@@ -26,10 +26,9 @@ def example(shape: Shape, key: jax.Array, dtype=jnp.float32) -> dict[str, jax.Ar
 def forward_products(shape: Shape, chunk: int) -> int:
     """Multiply-adds of the matrix products of one chunked forward pass, without the inverse.
 
-    A position and head take chunk * key_dim three times (erase key with key, query with key, the
-    inverse with the erase key), chunk * value_dim twice (the inverse with the values, the read of
-    the chunk's own writes) and key_dim * value_dim three times (what the memory holds, what is
-    written to it, what is read from it).
+    A position and head take chunk * key_dim twice (erase key with key, query with key), chunk *
+    value_dim twice (the solved system with the errors, the read of the chunk's own writes) and
+    key_dim * value_dim three times (what the memory holds, what is written, what is read).
     """
-    each = chunk * (3 * shape.key_dim + 2 * shape.value_dim) + 3 * shape.key_dim * shape.value_dim
+    each = 2 * chunk * (shape.key_dim + shape.value_dim) + 3 * shape.key_dim * shape.value_dim
     return shape.batch * shape.time * shape.heads * each

@@ -6,11 +6,19 @@ arXiv:2312.06635, section 4; for the scalar case Dao and Gu 2024, arXiv:2405.210
     out_i = q_i D_i S + sum_{j<=i} (q_i k_j D_ij) v_j,    S <- D_C S + sum_j D_Cj k_j v_j^T
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from memseq.pallas_kernels.common import decay
-from memseq.pallas_kernels.common.chunks import chunk_length, chunk_masks, from_chunks, to_chunks
+from memseq.pallas_kernels.common.chunks import (
+    chunk_length,
+    chunk_masks,
+    from_chunks,
+    to_chunks,
+    whole_or_by_chunk,
+)
 from memseq.pallas_kernels.common.precision import products_precision
 
 
@@ -28,8 +36,15 @@ def chunked(
     chunk_size=None,
 ):
     """See `linear_attention`; heads equal, padding zeroed, `index` the segment index or None."""
+    chunk = chunk_length(chunk_size, query.shape[1])
+    form = functools.partial(_form, bonus=bonus, scale=scale, chunk=chunk)
+    arrays = (query, key, value, log_decay, value_log_decay)
+    return whole_or_by_chunk(form, arrays, initial_state, index, chunk)
+
+
+def _form(arrays, initial_state, index, *, bonus, scale, chunk):
+    query, key, value, log_decay, value_log_decay = arrays
     time, dtype = query.shape[1], initial_state.dtype
-    chunk = chunk_length(chunk_size, time)
     precision = products_precision(query, key, value)
     masks = chunk_masks(index, time, chunk)
     q, k, v = (to_chunks(x.astype(dtype), chunk) for x in (query, key, value))
