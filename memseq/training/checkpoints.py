@@ -11,6 +11,7 @@ A state that is not finite is refused. Saving is asynchronous: an error of one s
 next call, and the checkpoints before it stay as they are.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -58,6 +59,8 @@ class Restored:
 class Checkpoints:
     """The checkpoints of one run, in one folder.
 
+    As a context manager it waits, where an error ends the run, for a write that is under way.
+
     Args:
       directory: made if it is missing, unless `read_only`.
       keep: how many of the newest checkpoints stay.
@@ -85,6 +88,14 @@ class Checkpoints:
                 save_interval_steps=0 if read_only else 1,
             ),
         )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if error:  # a sound checkpoint that is being written is still worth having
+            with contextlib.suppress(OSError):
+                self.wait()
 
     def steps(self) -> list[int]:
         """The steps there are on disk, sound or not, in rising order."""

@@ -118,7 +118,9 @@ class _Run:
             self.eval_step = steps.make_eval_step(model, loss_chunk=options.loss_chunk)
         self.changed = {}  # config leaves that a resumed run has changed: {key: (old, new)}
         with self.clock("restore"):
-            self.checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
+            folder = workdir / "checkpoints"
+            self.checkpoints = Checkpoints(folder, keep=config.checkpoint.keep)
+            stack.enter_context(self.checkpoints)
             restored = self.checkpoints.restore(_structs(self.state), check=self._require_same_run)
         with self.clock("data"):
             sizes = {"batch": options.batch, "length": options.length}

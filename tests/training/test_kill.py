@@ -115,8 +115,8 @@ def test_killed_at_the_worst_moments(text, tmp_path):
         begins.append(list(read_lines(parts / "sessions.jsonl"))[-1]["step"])
     code, errors = run(command(text, parts, "never:0", "tiny", *overrides), cache)
     assert code == 0, errors
-    # The kill right after a save was asked for may come before or after it was complete.
-    assert begins[:2] == [0, 0] and begins[2] in (0, 4) and begins[3] == begins[2]
+    # Saves are asynchronous: a kill may come before or after the write of step 4 was complete.
+    assert begins in ([0, 0, 0, 0], [0, 0, 0, 4], [0, 0, 4, 4]), begins
     assert outcome(parts) == outcome(whole)
     leftovers = [p.name for p in (parts / "checkpoints").iterdir() if not p.name.isdigit()]
     assert leftovers == []
