@@ -12,7 +12,7 @@ Every memory is one layer of the same width in the same model, trained on
 Beside them stands the closed-form `capacity` of the bare rules. A memory more is an entry more in
 `MEMORIES`.
 
-On two cores one seed took 4 min 28 s, and three took 905 CPU-seconds. Expected of three seeds' medians:
+On two cores one seed took 268 s, three took 905 CPU-seconds. Expected of three seeds' medians:
 rewrite, DeltaNet at least 0.95 and at least 0.25 above linear attention; parity at positions 33 to
 64, write strength to 2 at least 0.95, to 1 and softmax attention at most 0.6. The report says
 whether that came out.
