@@ -142,6 +142,7 @@ def run(config: ConfigDict, job: Job, progress: sweep.Progress | None = None) ->
     except Exception as error:  # one memory's defect must not cost the others their results
         return failed(config, job, f"{type(error).__name__}: {error}", common)
     common |= {
+        "finished": _now(),
         "parameters": found.parameters,
         "program_copies": found.copies,
         "program_wall_seconds": round(found.wall_seconds, 3),
@@ -182,7 +183,14 @@ def failed(config: ConfigDict, job: Job, error: str, common: Row | None = None) 
         "sweep": [],
     }
     return [
-        {**common, **empty, "seed": seed, "status": "failed", "error": " ".join(error.split())}
+        {
+            **common,
+            **empty,
+            "finished": _now(),
+            "seed": seed,
+            "status": "failed",
+            "error": " ".join(error.split()),
+        }
         for seed in job.seeds
     ]
 
@@ -198,7 +206,6 @@ def _common(config: ConfigDict, job: Job) -> Row:
         "paper": getattr(REGISTRY.get(own.layer), "PAPER", ""),
         "task": job.task,
         "config_hash": config_hash(config, job.memory, job.task),
-        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **machine(),
     }
 
@@ -216,6 +223,10 @@ def _about(model, task, settings: Settings) -> Row:
         "batch": settings.batch,
         "test_examples": settings.test_examples,
     }
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def machine() -> Row:
