@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from memseq.pallas_kernels.common.chunks import from_chunks, to_chunks
 from memseq.pallas_kernels.common.triangular import assemble_halves, diagonal_blocks
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -27,11 +28,20 @@ def pair_sums(log_decay: jax.Array, exclusive: bool) -> jax.Array:
     0 on and above the diagonal.
     """
     chunk = log_decay.shape[-1]
-    i, j, step = np.ogrid[:chunk, :chunk, :chunk]
+    step, i, j = np.ogrid[:chunk, :chunk, :chunk]
     between = (j < step) & ((step < i) if exclusive else (step <= i))
-    weights = between.reshape(chunk * chunk, chunk).astype(log_decay.dtype)
-    sums = jnp.einsum("...l,pl->...p", log_decay, weights, precision=HIGHEST)
+    weights = between.reshape(chunk, chunk * chunk).astype(log_decay.dtype)
+    sums = jnp.einsum("...l,lp->...p", log_decay, weights, precision=HIGHEST)
     return sums.reshape(*log_decay.shape, chunk)
+
+
+def pair_sums_by_time(log_decay: jax.Array, chunk: int, exclusive: bool = False) -> jax.Array:
+    """`pair_sums` of every chunk, [batch, time, heads] -> [batch, time, heads, chunk].
+
+    Taken before a call is cut into stretches: the 0/1 matrix is larger than a chunk's other
+    operands together, and is read once for all chunks.
+    """
+    return from_chunks(pair_sums(to_chunks(log_decay, chunk), exclusive), log_decay.shape[1])
 
 
 def masked_exp(exponent: jax.Array, mask: jax.Array) -> jax.Array:

@@ -46,12 +46,17 @@ def chunked(
     """See `delta_rule`; heads equal, padding zeroed, `index` the segment index or None."""
     chunk = chunk_length(chunk_size, query.shape[1])
     form = functools.partial(_form, scale=scale, erase=erase, chunk=chunk)
-    arrays = (query, key, value, beta, log_decay, erase_key)
+    between = before = None
+    if log_decay is not None and log_decay.ndim == 3:
+        between = before = decay.pair_sums_by_time(log_decay, chunk)
+        if erase == "undecayed":
+            before = decay.pair_sums_by_time(log_decay, chunk, exclusive=True)
+    arrays = (query, key, value, beta, log_decay, erase_key, between, before)
     return whole_or_by_chunk(form, arrays, initial_state, index, chunk)
 
 
 def _form(arrays, initial_state, index, *, scale, erase, chunk):
-    query, key, value, beta, log_decay, erase_key = arrays
+    query, key, value, beta, log_decay, erase_key, between, before = arrays
     time, dtype = query.shape[1], initial_state.dtype
     precision = products_precision(query, key, value)
     masks = chunk_masks(index, time, chunk)
@@ -65,15 +70,10 @@ def _form(arrays, initial_state, index, *, scale, erase, chunk):
         read = jnp.einsum("bhnik,bhnjk->bhnij", q, k, precision=precision)
     if log_decay is not None and log_decay.ndim == 3:
         g = to_chunks(log_decay, chunk)
-        kept = decay.masked_exp(decay.pair_sums(g, False), masks.pairs)
-        start = decay.sums_from_start(g, -1)
-        read *= kept
-        q_start = q * jnp.exp(start)[..., None]
-        if undecayed:
-            kept = decay.masked_exp(decay.pair_sums(g, True), masks.pairs)
-            start = decay.sums_from_start(g, -1, exclusive=True)
-        held *= kept
-        e_start = e * jnp.exp(start)[..., None]
+        read *= decay.masked_exp(to_chunks(between, chunk), masks.pairs)
+        held *= decay.masked_exp(to_chunks(before, chunk), masks.pairs)
+        q_start = q * jnp.exp(decay.sums_from_start(g, -1))[..., None]
+        e_start = e * jnp.exp(decay.sums_from_start(g, -1, exclusive=undecayed))[..., None]
         k_end = k * jnp.exp(decay.sums_to_end(g, -1))[..., None]
         carry = jnp.exp(g.sum(-1))[..., None, None]
     elif log_decay is not None:

@@ -38,12 +38,15 @@ def chunked(
     """See `linear_attention`; heads equal, padding zeroed, `index` the segment index or None."""
     chunk = chunk_length(chunk_size, query.shape[1])
     form = functools.partial(_form, bonus=bonus, scale=scale, chunk=chunk)
-    arrays = (query, key, value, log_decay, value_log_decay)
+    between = None
+    if log_decay is not None and log_decay.ndim == 3:
+        between = decay.pair_sums_by_time(log_decay, chunk, exclusive=bonus is not None)
+    arrays = (query, key, value, log_decay, value_log_decay, between)
     return whole_or_by_chunk(form, arrays, initial_state, index, chunk)
 
 
 def _form(arrays, initial_state, index, *, bonus, scale, chunk):
-    query, key, value, log_decay, value_log_decay = arrays
+    query, key, value, log_decay, value_log_decay, between = arrays
     time, dtype = query.shape[1], initial_state.dtype
     precision = products_precision(query, key, value)
     masks = chunk_masks(index, time, chunk)
@@ -56,7 +59,7 @@ def _form(arrays, initial_state, index, *, bonus, scale, chunk):
     elif log_decay.ndim == 3:
         g = to_chunks(log_decay, chunk)
         weights = jnp.einsum("bhnik,bhnjk->bhnij", q, k, precision=precision)
-        weights *= decay.masked_exp(decay.pair_sums(g, exclusive), masks.pairs)
+        weights *= decay.masked_exp(to_chunks(between, chunk), masks.pairs)
         q_start = q * jnp.exp(decay.sums_from_start(g, -1, exclusive))[..., None]
         k_end = k * jnp.exp(decay.sums_to_end(g, -1))[..., None]
         carry = jnp.exp(g.sum(-1))[..., None, None]
@@ -72,7 +75,8 @@ def _form(arrays, initial_state, index, *, bonus, scale, chunk):
         own = jnp.einsum("bhnik,hk,bhnik->bhni", q, bonus, k, precision=precision)
         eye = jnp.eye(chunk, dtype=bool)
         weights = jnp.where(eye, own[..., None], weights)
-    weights = jnp.where(masks.pairs, weights, 0)
+    if between is None:
+        weights = jnp.where(masks.pairs, weights, 0)
 
     v_end, out_start = v, None
     if value_log_decay is None:
