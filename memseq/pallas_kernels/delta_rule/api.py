@@ -7,9 +7,10 @@ from memseq.pallas_kernels.common import checks
 from memseq.pallas_kernels.common.dispatch import Forms, run
 from memseq.pallas_kernels.common.segments import hide_padding, segments
 from memseq.pallas_kernels.delta_rule.chunked import chunked
+from memseq.pallas_kernels.delta_rule.mosaic_tpu import MOSAIC_TPU
 from memseq.pallas_kernels.delta_rule.reference import reference
 
-FORMS = Forms("delta_rule", reference, chunked)
+FORMS = Forms("delta_rule", reference, chunked, MOSAIC_TPU)
 
 
 def delta_rule(

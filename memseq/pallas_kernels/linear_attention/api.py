@@ -7,9 +7,10 @@ from memseq.pallas_kernels.common import checks
 from memseq.pallas_kernels.common.dispatch import Forms, run
 from memseq.pallas_kernels.common.segments import hide_padding, segments
 from memseq.pallas_kernels.linear_attention.chunked import chunked
+from memseq.pallas_kernels.linear_attention.mosaic_tpu import MOSAIC_TPU
 from memseq.pallas_kernels.linear_attention.reference import reference
 
-FORMS = Forms("linear_attention", reference, chunked)
+FORMS = Forms("linear_attention", reference, chunked, MOSAIC_TPU)
 
 
 def linear_attention(

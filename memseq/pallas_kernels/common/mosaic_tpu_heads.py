@@ -1,0 +1,121 @@
+"""From an operation's arrays to the operands of its TPU kernels and back, for matrix memories.
+
+[batch, time, heads, dim] becomes [batch x heads, time, dim] with time padded to whole grid steps by
+zeros, which write and decay nothing. XLA does this, and its derivative, outside the kernels.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from memseq.pallas_kernels.common import mosaic_tpu as tpu
+from memseq.pallas_kernels.common import mosaic_tpu_blocks as blocks
+
+LARGEST = 256  # of key_dim and value_dim
+
+
+class Call(NamedTuple):
+    """One call of an operation: how to make its operands, and its chunk's function."""
+
+    name: str
+    step: tpu.Step
+    operands: Callable[[tuple], tpu.Operands]
+    plan: tpu.Plan
+    value: jax.Array
+
+
+def limit(query: jax.Array, value: jax.Array, state: jax.Array) -> str | None:
+    """Why sizes or dtypes do not fit the kernels, or None."""
+    if state.dtype != jnp.float32:
+        return f"the kernels compute in float32, got an input of {state.dtype}"
+    sizes = {"key_dim": query.shape[3], "value_dim": value.shape[3]}
+    for name, size in sizes.items():
+        if size > LARGEST:
+            return f"{name} is {size}, the kernels take up to {LARGEST}"
+    return None
+
+
+def plan(query: jax.Array, value: jax.Array, chunk_size: int | None, most: int) -> tpu.Plan:
+    """Chunks of up to `most` steps, and so many heads and chunks that a grid step is worth it."""
+    time, heads, widest = query.shape[1], query.shape[2], max(query.shape[3], value.shape[3])
+    wanted = most if chunk_size is None else max(16, min(chunk_size, most))
+    chunk = 1 << (min(wanted, time) - 1).bit_length()
+    at_once = tpu.largest_divisor(heads, 4 if widest <= 128 else 2)
+    chunks = min(4, -(-time // chunk))
+    return tpu.Plan(chunk, chunks, at_once)
+
+
+def passes(*inputs: jax.Array) -> int:
+    """Passes of a matrix product: 1 for 16-bit inputs, 6 (float32) if one is wider."""
+    return 6 if any(jnp.finfo(x.dtype).bits >= 32 for x in inputs) else 1
+
+
+def forward(call: Call, arrays: tuple) -> tuple[jax.Array, jax.Array]:
+    operands = call.operands(arrays)
+    number, time, _ = operands.steps[0].shape
+    out = jax.ShapeDtypeStruct((number, time, call.value.shape[3]), call.value.dtype)
+    (out,), state = tpu.forward(call.step, operands, (out,), call.plan, name=call.name)
+    return from_sequences(out, call.value.shape), from_state(state, call.value.shape[0])
+
+
+def backward(call: Call, arrays: tuple, cotangents: tuple) -> tuple:
+    known = tuple(x for x in arrays if x is not None and jnp.issubdtype(x.dtype, jnp.inexact))
+    places = [x is not None and jnp.issubdtype(x.dtype, jnp.inexact) for x in arrays]
+
+    def operands(*known):
+        left = iter(known)
+        whole = tuple(next(left) if place else x for place, x in zip(places, arrays, strict=True))
+        found = call.operands(whole)
+        return (found.steps, found.rows, found.constants, found.state), (found.fixed, found.shared)
+
+    made, pull, (fixed, shared) = jax.vjp(operands, *known, has_aux=True)
+    d_out, d_state = cotangents
+    d_out = to_sequences(d_out, call.plan)
+    found = tpu.backward(
+        call.step,
+        tpu.Operands(*made, fixed, shared),
+        ((d_out,), to_state(d_state)),
+        call.plan,
+        name=call.name,
+    )
+    left = iter(pull(found))
+    return tuple(next(left) if place else None for place in places)
+
+
+def to_sequences(x: jax.Array, plan: tpu.Plan) -> jax.Array:
+    """[batch, time, heads, dim] -> [batch x heads, padded time, dim]."""
+    x = jnp.moveaxis(x, 2, 1).reshape(-1, x.shape[1], x.shape[3])
+    return jnp.pad(x, ((0, 0), (0, tpu.padded_time(x.shape[1], plan) - x.shape[1]), (0, 0)))
+
+
+def from_sequences(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The inverse: `shape` is [batch, time, heads, dim]."""
+    batch, time, heads, dim = shape
+    return jnp.moveaxis(x[:, :time].reshape(batch, heads, time, dim), 1, 2)
+
+
+def to_rows(x: jax.Array, plan: tpu.Plan) -> jax.Array:
+    """[batch, time, heads] -> float32 [programs, chunks, H, C]."""
+    x = to_sequences(x[..., None].astype(jnp.float32), plan)
+    return jnp.swapaxes(x.reshape(-1, plan.heads, x.shape[1] // plan.chunk, plan.chunk), 1, 2)
+
+
+def to_state(state: jax.Array) -> jax.Array:
+    """[batch, heads, key_dim, value_dim] -> [batch x heads, value_dim, key_dim]."""
+    return jnp.swapaxes(state.reshape(-1, *state.shape[2:]), 1, 2)
+
+
+def from_state(state: jax.Array, batch: int) -> jax.Array:
+    """The inverse."""
+    state = jnp.swapaxes(state, 1, 2)
+    return state.reshape(batch, -1, *state.shape[1:])
+
+
+def shared(index: jax.Array | None, plan: tpu.Plan) -> jax.Array | None:
+    """The rows that masks are made of, from the segment index int32 [batch, time] or None."""
+    if index is None:
+        return None
+    padding = tpu.padded_time(index.shape[1], plan) - index.shape[1]
+    return blocks.mask_rows(jnp.pad(index, ((0, 0), (0, padding)), mode="edge"), plan.chunk)

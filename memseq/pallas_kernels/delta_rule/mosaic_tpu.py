@@ -1,0 +1,118 @@
+"""TPU kernels of `delta_rule`.
+
+The chunk's function is that of the `chunked` form with the memory kept transposed,
+[value_dim, key_dim]. `common.mosaic_tpu` makes the forward and the backward kernel of it.
+"""
+
+import functools
+
+from memseq.pallas_kernels.common import mosaic_tpu as tpu
+from memseq.pallas_kernels.common import mosaic_tpu_blocks as blocks
+from memseq.pallas_kernels.common import mosaic_tpu_heads as heads_of
+from memseq.pallas_kernels.common.dispatch import KernelForm
+
+NAME = "delta_rule"
+CHUNK = 64  # the inverse grows with the chunk's square
+
+
+def limit(query, key, value, beta, log_decay, erase_key, state, index, **options):
+    """Why the kernels cannot run, or None."""
+    return heads_of.limit(query, value, state)
+
+
+def forward(*arrays, scale, erase, chunk_size=None):
+    """As `chunked`."""
+    return heads_of.forward(_call(arrays, scale, erase, chunk_size), arrays)
+
+
+def backward(arrays, cotangents, *, scale, erase, chunk_size=None):
+    """One cotangent for each of `arrays`, None for `index` and for None."""
+    return heads_of.backward(_call(arrays, scale, erase, chunk_size), arrays, cotangents)
+
+
+MOSAIC_TPU = KernelForm(forward, backward, limit)
+
+
+def _call(arrays, scale, erase, chunk_size) -> heads_of.Call:
+    query, key, value, _, log_decay, erase_key, *_ = arrays
+    plan = heads_of.plan(query, value, chunk_size, CHUNK)
+    decay = None if log_decay is None else "channel" if log_decay.ndim == 4 else "head"
+    undecayed = erase == "undecayed"
+    step = functools.partial(
+        _step,
+        scale=scale,
+        passes=heads_of.passes(query, key, value),
+        decay=decay,
+        undecayed=undecayed,
+        erases=erase_key is not None,
+    )
+    make = functools.partial(_operands, plan=plan, undecayed=undecayed)
+    return heads_of.Call(NAME, step, make, plan, value)
+
+
+def _operands(arrays, *, plan, undecayed) -> tpu.Operands:
+    query, key, value, beta, log_decay, erase_key, state, index = arrays
+    rows, fixed = [heads_of.to_rows(beta, plan)], []
+    steps = [query, key, value]
+    if erase_key is not None:
+        steps.append(erase_key)
+    if log_decay is not None and log_decay.ndim == 4:
+        steps.append(log_decay)
+    elif log_decay is not None:
+        by_chunk = heads_of.to_rows(log_decay, plan)
+        for exclusive in (False, True) if undecayed else (False,):
+            coarse, fine = blocks.split_sums(by_chunk, exclusive)
+            rows.append(fine)
+            fixed.append(coarse)
+    return tpu.Operands(
+        tuple(heads_of.to_sequences(x, plan) for x in steps),
+        tuple(rows),
+        (),
+        heads_of.to_state(state),
+        tuple(fixed),
+        heads_of.shared(index, plan),
+    )
+
+
+def _step(chunk: tpu.Chunk, state, *, scale, passes, decay, undecayed, erases):
+    query, key, value, *others = chunk.steps
+    erase = others[0] if erases else key
+    size = query.shape[1]
+    masks = blocks.masks(chunk.shared, size)
+    i, j = blocks.positions(size)
+    exact = max(passes, 3)  # an error is a small difference of two large numbers
+    q_start, e_start, k_end, carry = query, erase, key, 1.0
+    if decay == "channel":
+        found = blocks.channel_decay(others[-1], False, undecayed)
+        levels = zip(*found.levels, strict=True)
+        read, held = levels if found.levels else ((), ())
+        read = blocks.decayed_products(passes, query, key, read, diagonal=True)
+        held = blocks.decayed_products(exact, erase, key, held, diagonal=False)
+        q_start, e_start = query * found.read_start, erase * found.held_start
+        k_end, carry = key * found.to_end, found.total
+    else:
+        read = blocks.product("nt", passes, query, key)
+        held = blocks.product("nt", passes, erase, key)
+    if decay == "head":
+        sums = list(zip(chunk.fixed, chunk.rows[1:], strict=True))
+        found = blocks.head_decay(sums[0], sums[0], masks.pairs)
+        read *= found.between
+        q_start, k_end, carry = query * found.from_start, key * found.to_end, found.total
+        if undecayed:
+            found = blocks.head_decay(sums[-1], sums[0], masks.pairs & (i > j))
+        held *= found.between
+        e_start = erase * found.from_start
+    read = blocks.keep(masks.pairs, read)
+    held = blocks.keep(masks.pairs & (i > j), held)
+    q_start, e_start = (blocks.keep(masks.from_start, x) for x in (q_start, e_start))
+    k_end = blocks.keep(masks.to_end, k_end)
+
+    beta = chunk.rows[0]
+    (by_row,) = blocks.columns(beta)
+    solve = blocks.unit_lower_inverse(exact, by_row * held) * beta[:, None]
+    error = value - blocks.product("nt", exact, e_start, state)
+    written = blocks.product("nn", exact, solve, error)
+    out = blocks.product("nn", passes, read, written)
+    out += blocks.product("nt", passes, q_start, state)
+    state = blocks.keep(masks.carried, carry * state) + blocks.product("tn", passes, written, k_end)
+    return (scale * out,), state

@@ -1,0 +1,110 @@
+"""TPU kernels of `linear_attention`.
+
+The chunk's function is that of the `chunked` form with the memory kept transposed,
+[value_dim, key_dim], so that a decay of key channels runs along the lanes. `common.mosaic_tpu`
+makes the forward and the backward kernel of it.
+"""
+
+import functools
+
+import jax.numpy as jnp
+
+from memseq.pallas_kernels.common import mosaic_tpu as tpu
+from memseq.pallas_kernels.common import mosaic_tpu_blocks as blocks
+from memseq.pallas_kernels.common import mosaic_tpu_heads as heads_of
+from memseq.pallas_kernels.common.dispatch import KernelForm
+
+NAME = "linear_attention"
+
+
+def limit(query, key, value, log_decay, value_log_decay, bonus, state, index, **options):
+    """Why the kernels cannot run, or None."""
+    if value_log_decay is not None:
+        return "value_log_decay is not in the TPU kernels yet"
+    return heads_of.limit(query, value, state)
+
+
+def forward(*arrays, scale, chunk_size=None):
+    """As `chunked`."""
+    return heads_of.forward(_call(arrays, scale, chunk_size), arrays)
+
+
+def backward(arrays, cotangents, *, scale, chunk_size=None):
+    """One cotangent for each of `arrays`, None for `index` and for None."""
+    return heads_of.backward(_call(arrays, scale, chunk_size), arrays, cotangents)
+
+
+MOSAIC_TPU = KernelForm(forward, backward, limit)
+
+
+def _call(arrays, scale, chunk_size) -> heads_of.Call:
+    query, key, value, log_decay, _, bonus, state, index = arrays
+    by_channel = log_decay is not None and log_decay.ndim == 4
+    plan = heads_of.plan(query, value, chunk_size, 64 if by_channel else 128)
+    step = functools.partial(
+        _step,
+        scale=scale,
+        passes=heads_of.passes(query, key, value),
+        decay=None if log_decay is None else "channel" if by_channel else "head",
+        exclusive=bonus is not None,
+    )
+    return heads_of.Call(NAME, step, functools.partial(_operands, plan=plan), plan, value)
+
+
+def _operands(arrays, *, plan) -> tpu.Operands:
+    query, key, value, log_decay, _, bonus, state, index = arrays
+    steps = [heads_of.to_sequences(x, plan) for x in (query, key, value)]
+    rows, fixed = [], []
+    if log_decay is not None and log_decay.ndim == 4:
+        steps.append(heads_of.to_sequences(log_decay, plan))
+    elif log_decay is not None:
+        by_chunk = heads_of.to_rows(log_decay, plan)
+        for exclusive in (False, True) if bonus is not None else (False,):
+            coarse, fine = blocks.split_sums(by_chunk, exclusive)
+            rows.append(fine)
+            fixed.append(coarse)
+    constants = ()
+    if bonus is not None:
+        batch = query.shape[0]
+        constants = (jnp.broadcast_to(bonus, (batch, *bonus.shape)).reshape(-1, 1, bonus.shape[1]),)
+    return tpu.Operands(
+        tuple(steps),
+        tuple(rows),
+        constants,
+        heads_of.to_state(state),
+        tuple(fixed),
+        heads_of.shared(index, plan),
+    )
+
+
+def _step(chunk: tpu.Chunk, state, *, scale, passes, decay, exclusive):
+    query, key, value, *gates = chunk.steps
+    size = query.shape[1]
+    masks = blocks.masks(chunk.shared, size)
+    q_start, k_end, carry = query, key, 1.0
+    if decay == "channel":
+        found = blocks.channel_decay(gates[0], exclusive, exclusive)
+        weights = blocks.decayed_products(
+            passes, query, key, [read for read, _ in found.levels], diagonal=not exclusive
+        )
+        weights = blocks.keep(masks.pairs, weights)
+        q_start, k_end, carry = query * found.read_start, key * found.to_end, found.total
+    elif decay == "head":
+        sums = list(zip(chunk.fixed, chunk.rows, strict=True))
+        i, j = blocks.positions(size)
+        seen = masks.pairs & (i > j) if exclusive else masks.pairs
+        found = blocks.head_decay(sums[-1], sums[0], seen)
+        weights = blocks.product("nt", passes, query, key) * found.between
+        q_start, k_end, carry = query * found.from_start, key * found.to_end, found.total
+    else:
+        weights = blocks.keep(masks.pairs, blocks.product("nt", passes, query, key))
+    if exclusive:
+        i, j = blocks.positions(size)
+        own = query.astype(jnp.float32) * chunk.constants[0] * key.astype(jnp.float32)
+        weights = jnp.where(i == j, jnp.sum(own, axis=2, keepdims=True), weights)
+    q_start = blocks.keep(masks.from_start, q_start)
+    k_end = blocks.keep(masks.to_end, k_end)
+    out = blocks.product("nn", passes, weights, value)
+    out += blocks.product("nt", passes, q_start, state)
+    state = blocks.keep(masks.carried, carry * state) + blocks.product("tn", passes, value, k_end)
+    return (scale * out,), state
