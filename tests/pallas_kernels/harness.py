@@ -1,8 +1,12 @@
 """What the tests of the operations share: hard inputs, comparisons, values with their gradients."""
 
+import contextlib
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.pallas import tpu as pltpu
 
 
 def assert_close(actual, expected, tolerance, what=""):
@@ -130,3 +134,127 @@ def check_16_bit(operation, inputs, options, rng):
     assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(gradients))
     assert_close(values, exact[0], 2**-8, "values")
     assert_close(gradients, exact[1], 2**-8, "gradients")
+
+
+@contextlib.contextmanager
+def interpreted(form="mosaic_tpu", **options):
+    """Where kernels run on a CPU as strictly as can be: memory starts as NaN, reads out of bounds
+    and races are errors, parallel grid axes run in another order. Other forms are left alone.
+    """
+    if form != "mosaic_tpu":
+        yield
+        return
+    parameters = pltpu.InterpretParams(detect_races=True, random_seed=1, **options)
+    try:
+        with pltpu.force_tpu_interpret_mode(parameters):
+            yield
+    except Exception:
+        pltpu.reset_tpu_interpret_mode_state()
+        raise
+
+
+GATES = ("log_decay", "beta", "sign", "phase", "dt")
+
+
+def check_kernel(operation, inputs, options, rng):
+    """`mosaic_tpu` against the float64 reference, values and all gradients, float32 inputs."""
+    inputs = float32_values(inputs)
+
+    def call(form):
+        return with_gradients(lambda x: operation(**x, **options, implementation=form))
+
+    with jax.enable_x64(True):
+        shapes = jax.eval_shape(lambda x: operation(**x, **options), inputs)
+        cotangents = cotangents_like(rng, shapes)
+        exact = jax.jit(call("reference"))(inputs, cotangents)
+    with interpreted():
+        values, gradients = jax.jit(call("mosaic_tpu"))(inputs, cotangents)
+    assert_close(values, exact[0], 5e-5, "values")
+    for name, gradient in gradients.items():
+        assert gradient.dtype == jnp.float32
+        assert_close(gradient, exact[1][name], 2e-4 if name in GATES else 5e-5, name)
+
+
+def check_kernel_16_bit(operation, inputs, options, rng, chunk):
+    """bfloat16 inputs: nowhere more than twice as far off as the chunked form on a TPU.
+
+    The measure is float64 on the same rounded inputs; gates stay float32. Of each tensor, the worst
+    head and stretch of `chunk` steps counts, by its own size.
+    """
+    narrow = {
+        k: jnp.asarray(x, jnp.float32 if k in GATES or k == "initial_state" else jnp.bfloat16)
+        for k, x in inputs.items()
+    }
+    wide = {k: np.asarray(x, np.float64) for k, x in narrow.items()}
+
+    def call(form):
+        return with_gradients(lambda x: operation(**x, **options, implementation=form))
+
+    with jax.enable_x64(True):
+        shapes = jax.eval_shape(lambda x: operation(**x, **options), wide)
+        cotangents = jax.tree.map(
+            lambda c: np.asarray(c.astype(jnp.bfloat16), np.float64), cotangents_like(rng, shapes)
+        )
+        exact = jax.jit(call("reference"))(wide, cotangents)
+    with mock.patch.object(jnp, "einsum", einsum_of_a_tpu):
+        chunked = jax.jit(call("chunked"))(narrow, cotangents)
+    with interpreted():
+        kernel = jax.jit(call("mosaic_tpu"))(narrow, cotangents)
+    found = [jax.tree.leaves_with_path(tree) for tree in (kernel, chunked, exact)]
+    for (path, k), (_, c), (_, e) in zip(*found, strict=True):
+        assert k.dtype == c.dtype
+        label = jax.tree_util.keystr(path)
+        limit = 2 * worst(c, e, chunk)
+        assert worst(k, e, chunk) <= limit, f"{label}: {worst(k, e, chunk)} is above {limit}"
+
+
+def worst(actual, expected, chunk):
+    """The largest relative distance of a head's `chunk` steps (or of a whole, without time)."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert np.isfinite(actual).all()
+    if expected.ndim < 3:
+        return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+    distances = []
+    for start in range(0, expected.shape[1], chunk):
+        part = np.s_[:, start : start + chunk]
+        axes = (1, *range(3, expected.ndim))
+        off = np.sqrt(((actual - expected)[part] ** 2).sum(axes))
+        size = np.sqrt((expected[part] ** 2).sum(axes))
+        distances.append((off / np.maximum(size, 1e-30)).max())
+    return max(distances)
+
+
+_einsum = jnp.einsum
+
+
+def einsum_of_a_tpu(equation, *operands, precision=None):
+    """jnp.einsum as the matrix unit takes it: DEFAULT precision rounds operands to bfloat16."""
+    exact = _einsum_exactly(equation)
+    if precision is not jax.lax.Precision.DEFAULT:
+        return exact(*operands)
+    return _rounded(equation, *operands)
+
+
+def _einsum_exactly(equation):
+    def exact(*operands):
+        return _einsum(equation, *operands, precision=jax.lax.Precision.HIGHEST)
+
+    return exact
+
+
+def _round(x):
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+
+
+@jax.custom_vjp
+def _identity(x):
+    return x
+
+
+_identity.defvjp(lambda x: (x, None), lambda _, c: (_round(c),))
+
+
+def _rounded(equation, *operands):
+    """The operands are rounded going forward, the cotangent going backward."""
+    through = (x + jax.lax.stop_gradient(_round(x) - x) for x in operands)
+    return _identity(_einsum_exactly(equation)(*through))

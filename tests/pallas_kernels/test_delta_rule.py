@@ -14,8 +14,11 @@ from tests.pallas_kernels.harness import (
     assert_close,
     check_16_bit,
     check_agreement,
+    check_kernel,
+    check_kernel_16_bit,
     correlated_keys,
     hard_decay,
+    interpreted,
     packed_ids,
     with_gradients,
 )
@@ -37,10 +40,12 @@ class Case:
     heads: int = 2
     chunk_size: int | None = None
     scale: float | None = None
+    dim: int = 6
+    values: int = 3
 
     def build(self, seed=0):
         rng = np.random.default_rng(seed)
-        lead, dim, values = (self.batch, self.time), 6, 3
+        lead, dim, values = (self.batch, self.time), self.dim, self.values
         inputs = {
             "query": rng.normal(size=(*lead, self.key_heads, dim)),
             "key": correlated_keys(rng, *lead, self.key_heads, dim, self.cosine),
@@ -102,15 +107,50 @@ def test_16_bit_inputs():
     check_16_bit(delta_rule, inputs, options, rng)
 
 
+KERNEL_CASES = {
+    "close keys, a step more than a chunk": Case(65, None, 0.9, scale=1.0),
+    "decay of a head, grouped heads, erase key": Case(64, "head", heads=4, erase_key=True),
+    "hard gates of heads, segments": Case(97, "step", 0.9, longest=40, batch=3, chunk_size=32),
+    "hard gates of channels, short segments, undecayed": Case(
+        63, "channel", erase_key=True, erase="undecayed", longest=3, batch=3, chunk_size=16
+    ),
+    "undecayed, gates of heads": Case(97, "step", erase="undecayed", longest=40, batch=3),
+    "gates of channels, two grid steps": Case(97, "channel", batch=1, chunk_size=16),
+    "one step": Case(1, "step"),
+}
+
+
+@pytest.mark.parametrize("name", KERNEL_CASES)
+def test_tpu_kernels(name):
+    check_kernel(delta_rule, *KERNEL_CASES[name].build())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("time", [1, 2, 63, 64, 65, 97, 500])
+@pytest.mark.parametrize("decay", [None, "head", "step", "channel"])
+@pytest.mark.parametrize("longest", [None, 5, 80])
+@pytest.mark.parametrize("erase", ["decayed", "undecayed"])
+def test_tpu_kernels_everywhere(time, decay, longest, erase):
+    case = Case(time, decay, 0.9, erase=erase, longest=longest, batch=3, heads=4)
+    check_kernel(delta_rule, *case.build(time))
+
+
+@pytest.mark.parametrize("decay", [None, "step", "channel"])
+def test_tpu_kernels_with_16_bit_inputs(decay):
+    inputs, options, rng = Case(130, decay, dim=32, values=16).build()
+    check_kernel_16_bit(delta_rule, inputs, options, rng, 64)
+
+
 def test_small_correction_of_a_large_value_survives():
     """v - S^T k, a small difference of large numbers, is float32 for 16-bit inputs too."""
     key = jnp.zeros((1, 2, 1, 2), jnp.bfloat16).at[..., 0].set(1)
     value = jnp.asarray([[[[4096.0]], [[4064.0]]]], jnp.bfloat16)
     beta = jnp.full((1, 2, 1), 0.25, jnp.bfloat16)
     state = jnp.asarray([[[[4097.0], [0.0]]]])
-    for form in ("reference", "chunked"):
+    for form in ("reference", "chunked", "mosaic_tpu"):
         options = {"initial_state": state, "implementation": form}
-        _, after = jax.jit(lambda *x, o=options: delta_rule(*x, **o))(key, key, value, beta)
+        with interpreted(form):
+            _, after = jax.jit(lambda *x, o=options: delta_rule(*x, **o))(key, key, value, beta)
         expected = 4097 + 0.25 * (4096 - 4097)
         expected += 0.25 * (4064 - expected)
         np.testing.assert_allclose(after[0, 0, 0, 0], expected, rtol=1e-7)
@@ -180,9 +220,8 @@ BAD = {
         "segment_ids": np.zeros((2, 5), np.float32)
     },
     "chunk_size: expected an integer of at least 1 or None, got 2.5": {"chunk_size": 2.5},
-    "implementation: delta_rule has no form 'mosaic_tpu' yet; it has reference, chunked": {
-        "implementation": "mosaic_tpu"
-    },
+    "implementation: delta_rule has no form 'mosaic_gpu' yet; it has reference, chunked, "
+    "mosaic_tpu": {"implementation": "mosaic_gpu"},
 }
 
 

@@ -13,6 +13,8 @@ from tests.pallas_kernels import oracles
 from tests.pallas_kernels.harness import (
     check_16_bit,
     check_agreement,
+    check_kernel,
+    check_kernel_16_bit,
     correlated_keys,
     hard_decay,
     packed_ids,
@@ -33,10 +35,12 @@ class Case:
     heads: int = 2
     chunk_size: int | None = None
     scale: float | None = None
+    dim: int = 5
+    values: int = 3
 
     def build(self, seed=0):
         rng = np.random.default_rng(seed)
-        lead, dim, values = (self.batch, self.time), 5, 3
+        lead, dim, values = (self.batch, self.time), self.dim, self.values
         inputs = {
             "query": rng.normal(size=(*lead, self.key_heads, dim)),
             "key": correlated_keys(rng, *lead, self.key_heads, dim, 0.5),
@@ -93,6 +97,40 @@ def test_forms_agree_everywhere(time, decay, longest, extra):
 def test_16_bit_inputs():
     inputs, options, rng = Case(97, "step", longest=40, batch=3).build()
     check_16_bit(linear_attention, inputs, options, rng)
+
+
+KERNEL_CASES = {
+    "no decay, 128 steps and some": Case(130, scale=1.0),
+    "decay of a head, grouped heads": Case(64, "head", heads=4),
+    "hard gates of heads, segments": Case(97, "step", longest=40, batch=3, chunk_size=32),
+    "hard gates of channels, short segments, bonus": Case(
+        65, "channel", bonus=True, longest=3, batch=3, chunk_size=16
+    ),
+    "gates of heads, bonus": Case(63, "step", bonus=True, longest=40, batch=3),
+    "gates of channels, two grid steps": Case(97, "channel", batch=1, chunk_size=16),
+    "one step": Case(1, "step"),
+}
+
+
+@pytest.mark.parametrize("name", KERNEL_CASES)
+def test_tpu_kernels(name):
+    check_kernel(linear_attention, *KERNEL_CASES[name].build())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("time", [1, 2, 63, 64, 65, 97, 500, 1100])
+@pytest.mark.parametrize("decay", [None, "head", "step", "channel"])
+@pytest.mark.parametrize("longest", [None, 5, 80])
+@pytest.mark.parametrize("bonus", [False, True])
+def test_tpu_kernels_everywhere(time, decay, longest, bonus):
+    case = Case(time, decay, longest=longest, batch=3, heads=4, bonus=bonus)
+    check_kernel(linear_attention, *case.build(time))
+
+
+@pytest.mark.parametrize("decay", [None, "step", "channel"])
+def test_tpu_kernels_with_16_bit_inputs(decay):
+    inputs, options, rng = Case(130, decay, dim=32, values=16).build()
+    check_kernel_16_bit(linear_attention, inputs, options, rng, 64)
 
 
 @pytest.mark.parametrize("name", SHAPES)

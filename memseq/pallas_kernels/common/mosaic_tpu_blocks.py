@@ -132,12 +132,15 @@ GRID = 256.0  # the coarse part of a log decay is a whole number of 1 / GRID
 LEAST = -120.0  # exp is 0 in float32 below -104
 
 
-def split_sums(log_decay: jax.Array, exclusive: bool = False) -> tuple[jax.Array, jax.Array]:
-    """Sums of log decays along the last axis through each one (exclusive: before it), in two parts.
+def split_sums(
+    log_decay: jax.Array, shared: jax.Array | None, exclusive: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """Sums of log decays from a segment's first step in the chunk through each step, in two parts.
 
-    float32 [..., C] -> coarse and fine, float32 [..., C]. The coarse parts are whole numbers of
-    1 / GRID below 2^14: they and their differences are exact. The fine parts are sums of numbers
-    below 1 / GRID. So the sum over the steps between two positions,
+    log_decay: float32 [N / H, T / C, H, C]; shared: `mask_rows` or None; exclusive: before a step.
+    Returns coarse and fine, as log_decay. The coarse parts are whole numbers of 1 / GRID below
+    2^14: they and their differences are exact. The fine parts are sums of numbers below 1 / GRID.
+    So the sum over the steps between two positions of a segment,
 
         (coarse_i - coarse_j) + (fine_i - fine_j),
 
@@ -145,11 +148,21 @@ def split_sums(log_decay: jax.Array, exclusive: bool = False) -> tuple[jax.Array
     """
     log_decay = jnp.maximum(log_decay, LEAST)
     coarse = jax.lax.stop_gradient(jnp.round(log_decay * GRID) / GRID)
-    parts = (coarse, log_decay - coarse)
-    if exclusive:
-        parts = (jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(1, 0)])[..., :-1] for x in parts)
-    coarse, fine = (jnp.cumsum(x, axis=-1) for x in parts)
-    return coarse, fine
+    chunk = log_decay.shape[-1]
+    taken = jnp.tril(jnp.ones((1, 1, chunk, chunk), bool), -1 if exclusive else 0)
+    if shared is not None:
+        index = shared[:, :, 0]
+        taken &= index[..., :, None] == index[..., None, :]
+    taken = taken.astype(FLOAT32)
+
+    def sums(x):
+        rows = x.reshape(taken.shape[0], -1, *x.shape[1:])
+        found = jnp.einsum("bpthl,btil->bpthi", rows, taken, precision=jax.lax.Precision.HIGHEST)
+        return found.reshape(x.shape)
+
+    if shared is None:
+        taken = jnp.broadcast_to(taken, (1, log_decay.shape[1], chunk, chunk))
+    return sums(coarse), sums(log_decay - coarse)
 
 
 class HeadDecay(NamedTuple):
@@ -165,14 +178,17 @@ class HeadDecay(NamedTuple):
     total: jax.Array
 
 
-def head_decay(read: tuple, write: tuple, seen: jax.Array) -> HeadDecay:
+def head_decay(read: tuple, write: tuple, seen: jax.Array, shared: jax.Array | None) -> HeadDecay:
     """From coarse and fine sums [H, C] of `split_sums`: at a read, and after a write.
 
-    seen: bool [1, C, C].
+
+    seen: bool [1, C, C]; shared: as of `masks`. Differences across a border between segments mean
+    nothing and can be positive: they are masked before exp.
     """
     ends = tuple(x[:, -1:] for x in write)
     start = jnp.exp(read[0] + read[1])
-    end = jnp.exp((ends[0] - write[0]) + (ends[1] - write[1]))
+    end = (ends[0] - write[0]) + (ends[1] - write[1])
+    end = jnp.exp(end if shared is None else jnp.where(shared[2:3] > 0, end, 0))
     coarse, fine, start, end = columns(*read, start, end)
     between = (coarse - write[0][:, None]) + (fine - write[1][:, None])
     between = jnp.where(seen, jnp.exp(jnp.where(seen, between, 0)), 0)

@@ -40,8 +40,8 @@ def limit(query: jax.Array, value: jax.Array, state: jax.Array) -> str | None:
 def plan(query: jax.Array, value: jax.Array, chunk_size: int | None, most: int) -> tpu.Plan:
     """Chunks of up to `most` steps, and so many heads and chunks that a grid step is worth it."""
     time, heads, widest = query.shape[1], query.shape[2], max(query.shape[3], value.shape[3])
-    wanted = most if chunk_size is None else max(16, min(chunk_size, most))
-    chunk = 1 << (min(wanted, time) - 1).bit_length()
+    wanted = min(most, most if chunk_size is None else chunk_size, time)
+    chunk = max(16, 1 << (wanted - 1).bit_length())  # 16 rows of bfloat16 fill a register
     at_once = tpu.largest_divisor(heads, 4 if widest <= 128 else 2)
     chunks = min(4, -(-time // chunk))
     return tpu.Plan(chunk, chunks, at_once)

@@ -53,6 +53,7 @@ def _call(arrays, scale, erase, chunk_size) -> heads_of.Call:
 def _operands(arrays, *, plan, undecayed) -> tpu.Operands:
     query, key, value, beta, log_decay, erase_key, state, index = arrays
     rows, fixed = [heads_of.to_rows(beta, plan)], []
+    shared = heads_of.shared(index, plan)
     steps = [query, key, value]
     if erase_key is not None:
         steps.append(erase_key)
@@ -61,7 +62,7 @@ def _operands(arrays, *, plan, undecayed) -> tpu.Operands:
     elif log_decay is not None:
         by_chunk = heads_of.to_rows(log_decay, plan)
         for exclusive in (False, True) if undecayed else (False,):
-            coarse, fine = blocks.split_sums(by_chunk, exclusive)
+            coarse, fine = blocks.split_sums(by_chunk, shared, exclusive)
             rows.append(fine)
             fixed.append(coarse)
     return tpu.Operands(
@@ -70,7 +71,7 @@ def _operands(arrays, *, plan, undecayed) -> tpu.Operands:
         (),
         heads_of.to_state(state),
         tuple(fixed),
-        heads_of.shared(index, plan),
+        shared,
     )
 
 
@@ -95,11 +96,11 @@ def _step(chunk: tpu.Chunk, state, *, scale, passes, decay, undecayed, erases):
         held = blocks.product("nt", passes, erase, key)
     if decay == "head":
         sums = list(zip(chunk.fixed, chunk.rows[1:], strict=True))
-        found = blocks.head_decay(sums[0], sums[0], masks.pairs)
+        found = blocks.head_decay(sums[0], sums[0], masks.pairs, chunk.shared)
         read *= found.between
         q_start, k_end, carry = query * found.from_start, key * found.to_end, found.total
         if undecayed:
-            found = blocks.head_decay(sums[-1], sums[0], masks.pairs & (i > j))
+            found = blocks.head_decay(sums[-1], sums[0], masks.pairs & (i > j), chunk.shared)
         held *= found.between
         e_start = erase * found.from_start
     read = blocks.keep(masks.pairs, read)

@@ -55,12 +55,13 @@ def _operands(arrays, *, plan) -> tpu.Operands:
     query, key, value, log_decay, _, bonus, state, index = arrays
     steps = [heads_of.to_sequences(x, plan) for x in (query, key, value)]
     rows, fixed = [], []
+    shared = heads_of.shared(index, plan)
     if log_decay is not None and log_decay.ndim == 4:
         steps.append(heads_of.to_sequences(log_decay, plan))
     elif log_decay is not None:
         by_chunk = heads_of.to_rows(log_decay, plan)
         for exclusive in (False, True) if bonus is not None else (False,):
-            coarse, fine = blocks.split_sums(by_chunk, exclusive)
+            coarse, fine = blocks.split_sums(by_chunk, shared, exclusive)
             rows.append(fine)
             fixed.append(coarse)
     constants = ()
@@ -73,7 +74,7 @@ def _operands(arrays, *, plan) -> tpu.Operands:
         constants,
         heads_of.to_state(state),
         tuple(fixed),
-        heads_of.shared(index, plan),
+        shared,
     )
 
 
@@ -93,7 +94,7 @@ def _step(chunk: tpu.Chunk, state, *, scale, passes, decay, exclusive):
         sums = list(zip(chunk.fixed, chunk.rows, strict=True))
         i, j = blocks.positions(size)
         seen = masks.pairs & (i > j) if exclusive else masks.pairs
-        found = blocks.head_decay(sums[-1], sums[0], seen)
+        found = blocks.head_decay(sums[-1], sums[0], seen, chunk.shared)
         weights = blocks.product("nt", passes, query, key) * found.between
         q_start, k_end, carry = query * found.from_start, key * found.to_end, found.total
     else:
