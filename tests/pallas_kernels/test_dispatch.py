@@ -11,7 +11,8 @@ from jax.sharding import AxisType, PartitionSpec
 from memseq.pallas_kernels import attention, causal_conv, delta_rule, linear_attention
 from memseq.pallas_kernels.common import dispatch
 from memseq.pallas_kernels.common.dispatch import Forms, KernelForm, run
-from tests.pallas_kernels.harness import assert_close, with_gradients
+from memseq.partitioning import make_mesh
+from tests.pallas_kernels.harness import assert_close, interpreted, with_gradients
 
 LONG = dispatch.SHORT
 
@@ -183,3 +184,62 @@ def test_auto_is_the_chunked_form_of_every_operation(case):
         lambda x: (form("auto")[1](x, cotangent), form("chunked")[1](x, cotangent))
     )(inputs)
     assert_close(auto, chunked, 1e-6)
+
+
+def memory(batch=4, heads=2, time=20):
+    rng = np.random.default_rng(0)
+    lead = (batch, time, heads)
+    arrays = {
+        "query": rng.normal(size=(*lead, 4)),
+        "key": rng.normal(size=(*lead, 4)),
+        "value": rng.normal(size=(*lead, 3)),
+        "log_decay": -rng.exponential(size=lead),
+        "bonus": rng.normal(size=(heads, 4)),
+    }
+    ids = np.repeat([[0, 1]], time // 2, axis=1).repeat(batch, axis=0).astype(np.int32)
+    return {k: x.astype(np.float32) for k, x in arrays.items()}, ids
+
+
+def gradients_of(form, ids):
+    def loss(x):
+        out, state = linear_attention(**x, segment_ids=ids, implementation=form)
+        return (out**2).sum() + (state**2).sum()
+
+    return jax.jit(jax.value_and_grad(loss))
+
+
+@pytest.mark.parametrize(
+    "mesh, heads, spec",
+    [
+        ("data=2,fsdp=2,tensor=2", 2, PartitionSpec(("data", "fsdp"), None, "tensor")),
+        # three heads on two devices: every device takes all
+        ("data=2,context=2,tensor=2", 3, PartitionSpec("data")),
+        # four rows on eight devices: the first axis that divides them
+        ("data=2,fsdp=4", 2, PartitionSpec("data")),
+    ],
+)
+def test_kernels_under_a_mesh_run_on_each_device(mesh, heads, spec):
+    x, ids = memory(heads=heads)
+    expected = gradients_of("chunked", ids)(x)
+    with jax.set_mesh(make_mesh(mesh)), interpreted():
+        found = gradients_of("mosaic_tpu", ids)(x)
+    assert_close(found, expected, 2e-5)
+    assert found[1]["query"].sharding.spec == spec
+
+
+def test_kernels_inside_a_shard_map_of_the_user():
+    x, ids = memory()
+    expected = gradients_of("chunked", ids)(x)
+    mesh = jax.make_mesh((2,), ("rows",), (AxisType.Auto,), devices=jax.devices()[:2])
+    rows, shared = PartitionSpec("rows"), PartitionSpec()
+    specs = {k: shared if k == "bonus" else rows for k in x}
+
+    def call(x, ids):
+        return linear_attention(**x, segment_ids=ids, implementation="mosaic_tpu")
+
+    def loss(x):
+        sharded = jax.shard_map(call, mesh=mesh, in_specs=(specs, rows), out_specs=rows)
+        return sum((y**2).sum() for y in sharded(x, ids))
+
+    with interpreted():
+        assert_close(jax.jit(jax.value_and_grad(loss))(x), expected, 2e-5)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from memseq.pallas_kernels.common.checks import check_choice
+from memseq.pallas_kernels.common.sharded import over_mesh, vary_together
 
 IMPLEMENTATIONS = ("auto", "reference", "chunked", "mosaic_tpu", "mosaic_gpu")
 SHORT = 16  # calls of fewer time steps take the recurrent form: there is nothing to parallelise
@@ -37,13 +38,19 @@ class KernelForm:
 
 @dataclasses.dataclass(frozen=True)
 class Forms:
-    """The forms of one operation. All take the same arrays and options and return the same."""
+    """The forms of one operation. All take the same arrays and options and return the same.
+
+    axes, out_axes: of each array and output its dimensions, a letter each, for kernels under a mesh
+    of devices: see `sharded.over_mesh`.
+    """
 
     name: str
     reference: Callable[..., Any]
     chunked: Callable[..., Any]
     mosaic_tpu: KernelForm | None = None
     mosaic_gpu: KernelForm | None = None
+    axes: tuple[str, ...] = ()
+    out_axes: tuple[str, ...] = ()
 
     @property
     def available(self) -> tuple[str, ...]:
@@ -54,7 +61,7 @@ class Forms:
 def run(forms: Forms, implementation: str, time: int, arrays: tuple, **options) -> Any:
     """Runs the form asked for. `arrays` is a tuple of arrays or None, `options` are static."""
     check_choice("implementation", implementation, IMPLEMENTATIONS)
-    arrays = _varying_together(tuple(None if x is None else jnp.asarray(x) for x in arrays))
+    arrays = vary_together(tuple(None if x is None else jnp.asarray(x) for x in arrays))
     if implementation == "auto":
         return _automatic(forms, "reference" if time < SHORT else "chunked", arrays, options)
     form = getattr(forms, implementation)
@@ -68,22 +75,8 @@ def run(forms: Forms, implementation: str, time: int, arrays: tuple, **options) 
             raise ValueError(
                 f"implementation: {implementation!r} of {forms.name} cannot run: {reason}"
             )
-        return _with_backward(form, arrays, options)
+        return _with_backward(forms, form, arrays, options)
     return form(*arrays, **options)
-
-
-def _varying_together(arrays: tuple) -> tuple:
-    """Inside shard_map: marks all arrays as differing over every mesh axis that one of them does.
-
-    A scan's carry must be marked like what is added to it, and a backward rule may then treat all
-    arrays alike: the sum over devices for an array that they share comes from this mark.
-    """
-    axes = [frozenset() if x is None else jax.typeof(x).manual_axis_type.varying for x in arrays]
-    every = frozenset().union(*axes)
-    return tuple(
-        x if x is None or own == every else jax.lax.pcast(x, tuple(every - own), to="varying")
-        for x, own in zip(arrays, axes, strict=True)
-    )
 
 
 def _automatic(forms: Forms, plain_name: str, arrays: tuple, options: dict) -> Any:
@@ -113,27 +106,53 @@ def _automatic(forms: Forms, plain_name: str, arrays: tuple, options: dict) -> A
 
     @jax.custom_vjp
     def call(*arrays):
-        forward = {p: functools.partial(k.forward, **options) for p, k in kernels.items()}
-        return by_platform(lambda *xs: plain(*xs), forward, *arrays)
+        branches = {p: _forward(forms, k, arrays, options) for p, k in kernels.items()}
+        return by_platform(lambda *xs: plain(*xs), branches, *arrays)
 
     def forward_rule(*arrays):
         return call(*arrays), arrays
 
     def backward_rule(arrays, cotangents):
-        backward = {p: functools.partial(k.backward, **options) for p, k in kernels.items()}
-        return by_platform(plain_backward, backward, arrays, cotangents)
+        branches = {
+            p: _backward(forms, k, arrays, cotangents, options) for p, k in kernels.items()
+        }
+        return by_platform(plain_backward, branches, arrays, cotangents)
 
     call.defvjp(forward_rule, backward_rule)
     return call(*arrays)
 
 
-def _with_backward(form: KernelForm, arrays: tuple, options: dict) -> Any:
+def _with_backward(forms: Forms, form: KernelForm, arrays: tuple, options: dict) -> Any:
     @jax.custom_vjp
     def call(*arrays):
-        return form.forward(*arrays, **options)
+        return _forward(forms, form, arrays, options)(*arrays)
 
-    call.defvjp(lambda *xs: (call(*xs), xs), lambda xs, ct: form.backward(xs, ct, **options))
+    call.defvjp(
+        lambda *xs: (call(*xs), xs),
+        lambda xs, ct: _backward(forms, form, xs, ct, options)(xs, ct),
+    )
     return call(*arrays)
+
+
+def _forward(forms: Forms, form: KernelForm, arrays: tuple, options: dict) -> Callable:
+    """A kernel's forward(*arrays) on each device's part."""
+    function = functools.partial(form.forward, **options)
+    return over_mesh(function, forms.axes, forms.out_axes, arrays) if forms.axes else function
+
+
+def _backward(
+    forms: Forms, form: KernelForm, arrays: tuple, cotangents: tuple, options: dict
+) -> Callable:
+    """A kernel's backward(arrays, cotangents) on each device's part."""
+    if not forms.axes:
+        return functools.partial(form.backward, **options)
+
+    def flat(*both):
+        return form.backward(both[: len(arrays)], both[len(arrays) :], **options)
+
+    axes = (*forms.axes, *forms.out_axes)
+    on_each_device = over_mesh(flat, axes, forms.axes, (*arrays, *cotangents))
+    return lambda arrays, cotangents: on_each_device(*arrays, *cotangents)
 
 
 @functools.cache

@@ -10,7 +10,14 @@ from memseq.pallas_kernels.delta_rule.chunked import chunked
 from memseq.pallas_kernels.delta_rule.mosaic_tpu import MOSAIC_TPU
 from memseq.pallas_kernels.delta_rule.reference import reference
 
-FORMS = Forms("delta_rule", reference, chunked, MOSAIC_TPU)
+FORMS = Forms(
+    "delta_rule",
+    reference,
+    chunked,
+    MOSAIC_TPU,
+    axes=("bthk", "bthk", "bthv", "bth", "bthk", "bthk", "bhkv", "bt"),
+    out_axes=("bthv", "bhkv"),
+)
 
 
 def delta_rule(

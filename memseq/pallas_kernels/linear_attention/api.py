@@ -10,7 +10,14 @@ from memseq.pallas_kernels.linear_attention.chunked import chunked
 from memseq.pallas_kernels.linear_attention.mosaic_tpu import MOSAIC_TPU
 from memseq.pallas_kernels.linear_attention.reference import reference
 
-FORMS = Forms("linear_attention", reference, chunked, MOSAIC_TPU)
+FORMS = Forms(
+    "linear_attention",
+    reference,
+    chunked,
+    MOSAIC_TPU,
+    axes=("bthk", "bthk", "bthv", "bthk", "bthv", "hk", "bhkv", "bt"),
+    out_axes=("bthv", "bhkv"),
+)
 
 
 def linear_attention(
