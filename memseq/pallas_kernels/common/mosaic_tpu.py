@@ -276,7 +276,7 @@ class _Specs:
         programs = self.operands.state.shape[0] // self.plan.heads // x.shape[0]
         return pl.BlockSpec(
             (1, self.plan.chunks, *x.shape[2:]),
-            lambda i, j: (i // programs, self._block(j), 0, 0),
+            lambda i, j: (jax.lax.div(i, programs), self._block(j), 0, 0),
         )
 
     def whole(self, x) -> pl.BlockSpec:

@@ -84,6 +84,11 @@ def positions(chunk: int) -> tuple[jax.Array, jax.Array]:
     )
 
 
+def straddles(size: int, i: jax.Array, j: jax.Array) -> jax.Array:
+    """True where i is in the later and j in the earlier half of one block of 2 x size."""
+    return ((i ^ j) >> (size.bit_length() - 1) == 1) & (i > j)
+
+
 class Masks(NamedTuple):
     """As `chunks.ChunkMasks`: bool, or None for all true.
 
@@ -282,8 +287,9 @@ def decayed_products(
         found = jnp.where(i == j, jnp.sum(rows * columns, axis=2, keepdims=True), found)
     size = 1
     for decay in decays:
-        meets = ((i & size) != 0) & (i // (2 * size) == j // (2 * size)) & ((j & size) == 0)
-        found = jnp.where(meets, product("nt", passes, rows * decay, columns * decay), found)
+        found = jnp.where(
+            straddles(size, i, j), product("nt", passes, rows * decay, columns * decay), found
+        )
         size *= 2
     return found
 
@@ -302,9 +308,7 @@ def unit_lower_inverse(passes: int, a: jax.Array) -> jax.Array:
     i, j = positions(chunk)
 
     def joins(size):
-        return jnp.where(
-            ((i & size) != 0) & (i // (2 * size) == j // (2 * size)) & ((j & size) == 0), a, 0
-        )
+        return jnp.where(straddles(size, i, j), a, 0)
 
     inverse = jnp.where(i == j, 1.0, -joins(1))
     size = 2

@@ -1,0 +1,129 @@
+"""The TPU kernels compile ahead of time, for TPUs that are not here: one program a target.
+
+Sizes, dtypes and options vary from call to call, so that few programs cover many kernels.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from memseq.pallas_kernels import delta_rule, linear_attention
+from memseq.pallas_kernels.aot import TARGETS, compile_for, mesh_for
+
+
+def matrix_memory(time, heads, key_dim, value_dim, dtype=jnp.bfloat16, decay=None, **more):
+    """Arguments as shapes: `more` names further ones by their layout."""
+    lead = (1, time, heads)
+    shapes = {
+        "query": ((*lead, key_dim), dtype),
+        "key": ((*lead, key_dim), dtype),
+        "value": ((*lead, value_dim), dtype),
+        "initial_state": ((1, heads, key_dim, value_dim), jnp.float32),
+    }
+    if decay is not None:
+        shapes["log_decay"] = ((*lead, key_dim) if decay == "channel" else lead, jnp.float32)
+    layouts = {
+        "beta": (lead, dtype),
+        "bonus": ((heads, key_dim), jnp.float32),
+        "erase_key": ((*lead, key_dim), dtype),
+        "segment_ids": ((1, time), jnp.int32),
+    }
+    shapes |= {name: layouts[name] for name, wanted in more.items() if wanted}
+    return {name: jax.ShapeDtypeStruct(*x) for name, x in shapes.items()}
+
+
+CALLS = {
+    "linear_attention": [
+        (linear_attention, matrix_memory(300, 4, 128, 128), {}),
+        (linear_attention, matrix_memory(256, 2, 64, 128, decay="step", segment_ids=True), {}),
+        (linear_attention, matrix_memory(256, 2, 256, 256, jnp.float32, "step", bonus=True), {}),
+        (linear_attention, matrix_memory(40, 3, 16, 24, decay="channel", bonus=True), {}),
+    ],
+    "delta_rule": [
+        (delta_rule, matrix_memory(300, 4, 128, 128, beta=True), {}),
+        (
+            delta_rule,
+            matrix_memory(256, 2, 256, 256, decay="step", beta=True, segment_ids=True),
+            {},
+        ),
+        (
+            delta_rule,
+            matrix_memory(100, 3, 16, 24, jnp.float32, "channel", beta=True, erase_key=True),
+            {"erase": "undecayed"},
+        ),
+    ],
+}
+
+
+def both(function, arguments, **options):
+    """Outputs and all gradients of a call whose arguments come as a dictionary."""
+    fixed = {k: x for k, x in arguments.items() if jnp.issubdtype(x.dtype, jnp.integer)}
+    free = {k: x for k, x in arguments.items() if k not in fixed}
+    call = functools.partial(function, implementation="mosaic_tpu", **options)
+    out, pull = jax.vjp(lambda free: call(**free, **fixed), free)
+    return out, pull(out)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", CALLS)
+def test_kernels_compile(name, target):
+    calls = CALLS[name]
+
+    def program(*arguments):
+        return [both(f, x, **o) for (f, _, o), x in zip(calls, arguments, strict=True)]
+
+    compiled = compile_for(target, program, *(shapes for _, shapes, _ in calls))
+    assert kernels(compiled) == 3 * len(calls)
+
+
+def kernels(compiled):
+    """How many there are. A gradient takes three: forward, the chunks' first states, backward."""
+    return compiled.as_text().count('custom_call_target="tpu_custom_call"')
+
+
+def test_time_is_bounded_by_hbm_not_by_vmem():
+    arguments = matrix_memory(131_072, 1, 128, 128, decay="step", beta=True)
+    assert kernels(compile_for("v5e", functools.partial(both, delta_rule), arguments)) == 3
+
+
+def test_more_elements_than_a_32_bit_offset_reaches():
+    arguments = matrix_memory(2**21, 9, 128, 128)
+    assert arguments["query"].size > 2**31
+    call = functools.partial(linear_attention, implementation="mosaic_tpu")
+    assert kernels(compile_for("v5p", lambda x: call(**x), arguments)) == 1
+
+
+def test_auto_takes_the_kernels_under_a_mesh_of_a_tpu():
+    """Lowered on a CPU, for four devices that split batch and heads; also exported."""
+    mesh = mesh_for("v5e", data=2, tensor=2)
+    arguments = matrix_memory(256, 4, 128, 128, decay="step")
+    arguments = {
+        name: jax.ShapeDtypeStruct(
+            (2, *x.shape[1:]), x.dtype, sharding=NamedSharding(mesh, PartitionSpec("data"))
+        )
+        for name, x in arguments.items()
+    }
+
+    def call(arguments):
+        out, pull = jax.vjp(lambda x: linear_attention(**x), arguments)
+        return pull(out)
+
+    compiled = compile_for("v5e", call, arguments)
+    assert kernels(compiled) == 3
+    exported = jax.export.export(jax.jit(call), platforms=["tpu"])(
+        matrix_memory(256, 4, 128, 128, decay="step")
+    )
+    assert exported.mlir_module().count("tpu_custom_call") >= 2
+
+
+def test_kernels_compile_under_vmap():
+    """(The interpreter does not know vmap.)"""
+    arguments = {
+        name: jax.ShapeDtypeStruct((3, *x.shape), x.dtype)
+        for name, x in matrix_memory(256, 2, 128, 128, decay="step").items()
+    }
+    compiled = compile_for("v5e", jax.vmap(functools.partial(both, linear_attention)), arguments)
+    assert kernels(compiled) == 3
