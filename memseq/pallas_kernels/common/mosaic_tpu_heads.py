@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from memseq.pallas_kernels.common import mosaic_tpu as tpu
 from memseq.pallas_kernels.common import mosaic_tpu_blocks as blocks
 
-LARGEST = 256  # of key_dim and value_dim
+LARGEST = {"key_dim": 256, "value_dim": 512}  # whose state and chunks fit the vector memory
 
 
 class Call(NamedTuple):
@@ -32,8 +32,8 @@ def limit(query: jax.Array, value: jax.Array, state: jax.Array) -> str | None:
         return f"the kernels compute in float32, got an input of {state.dtype}"
     sizes = {"key_dim": query.shape[3], "value_dim": value.shape[3]}
     for name, size in sizes.items():
-        if size > LARGEST:
-            return f"{name} is {size}, the kernels take up to {LARGEST}"
+        if size > LARGEST[name]:
+            return f"{name} is {size}, the kernels take up to {LARGEST[name]}"
     return None
 
 
@@ -42,7 +42,7 @@ def plan(query: jax.Array, value: jax.Array, chunk_size: int | None, most: int) 
     time, heads, widest = query.shape[1], query.shape[2], max(query.shape[3], value.shape[3])
     wanted = min(most, most if chunk_size is None else chunk_size, time)
     chunk = max(16, 1 << (wanted - 1).bit_length())  # 16 rows of bfloat16 fill a register
-    at_once = tpu.largest_divisor(heads, 4 if widest <= 128 else 2)
+    at_once = tpu.largest_divisor(heads, max(1, 512 // max(widest, 128)))
     chunks = min(4, -(-time // chunk))
     return tpu.Plan(chunk, chunks, at_once)
 
