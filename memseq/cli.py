@@ -9,7 +9,8 @@ the parsed options and returns the exit status. What each finds in `args`:
     generate  workdir, prompt (list), steps, temperature, top_k, seed, step
     tasks     action ("list" or "show"); for "show" also name, variant, seed
     layers    features, context
-    kernels   action ("bench"), operation, batch, time, heads, dim, chunk_size, repeats
+    kernels   action (None, "compile" or "bench"); for "compile" also operation, target, shape,
+              dtype, json; for "bench" operation, batch, time, heads, dim, chunk_size, repeats
 
 `overrides` lists the arguments `--config.KEY=VALUE` as they were typed, in their order.
 A `ValueError` or an `OSError` of a handler is the user's to mend: it becomes one line on standard
@@ -102,12 +103,15 @@ def build_parsers() -> dict[tuple[str, ...], Parser]:
     parsers: dict[tuple[str, ...], Parser] = {(): parser}
     groups = {(): parser.add_subparsers(dest="command", metavar="COMMAND", required=True)}
 
-    def command(*path: str, text: str) -> Parser:
-        """Adds a sub-command; the first line of `text` is what its parent's help says of it."""
+    def command(*path: str, text: str, alone: bool = False) -> Parser:
+        """Adds a sub-command; the first line of `text` is what its parent's help says of it.
+
+        alone: its parent does something too when no sub-command follows.
+        """
         above = path[:-1]
         if above not in groups:
             groups[above] = parsers[above].add_subparsers(
-                dest="action", metavar="ACTION", required=True
+                dest="action", metavar="ACTION", required=not alone
             )
         summary = text.partition("\n")[0]
         made = groups[above].add_parser(path[-1], help=summary, description=text)
@@ -238,10 +242,44 @@ Prints a table to standard output. Writes no files.""",
     command(
         "kernels",
         text="""\
-Measure the memory operations on this machine.
+List the forms of the memory operations, compile their TPU kernels, or time them.
 
-  memseq kernels bench""",
+  memseq kernels
+  memseq kernels compile
+  memseq kernels bench
+
+Without an action: which forms each operation has. Writes no files.""",
     )
+    compiling = command(
+        "kernels",
+        "compile",
+        alone=True,
+        text="""\
+Compile the TPU kernels ahead of time and tabulate what the compiler says of each.
+
+  memseq kernels compile --target=v5e
+  memseq kernels compile --operation=delta_rule --target=all --shape=all --json=kernels.json
+
+A line for each operation, direction, target and shape: does it compile, its memory (VMEM), the
+cycles of its schedule and the unit they use most, FLOPs, bytes, and what bounds it. Needs no TPU
+and runs nothing, but needs libtpu (Linux on x86-64): pip install 'memseq[tpu]'. A line takes
+some seconds. The exit status is 1 if a kernel does not compile.
+Prints to standard output. Writes no files but that of --json.""",
+    )
+    compiling.option("--operation", str, "all", "the operation, or all of them", "NAME")
+    compiling.option("--target", str, "all", "v5e, v5p, v6e, tpu7x, or all of them", "NAME")
+    compiling.option(
+        "--shape",
+        str,
+        "lab",
+        "size of a model that the operation knows, lab (batch 1, time 2048, 16 heads of 128, with "
+        "each kind of decay), or all of them",
+        "NAME",
+    )
+    compiling.option(
+        "--dtype", str, "bfloat16", "of all but gates, which are float32; or float32", "NAME"
+    )
+    compiling.option("--json", str, None, "write the table's numbers and more to this file", "FILE")
     bench = command(
         "kernels",
         "bench",

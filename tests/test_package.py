@@ -21,7 +21,7 @@ from memseq import cli
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PINS = dict(
-    line.split("==")
+    line.partition(";")[0].split("==")
     for line in (ROOT / "constraints.txt").read_text().splitlines()
     if not line.startswith("#")
 )
@@ -67,7 +67,7 @@ def test_constraints_pin_everything():
 
 def test_constraints_are_exact_and_name_no_index():
     for line in (ROOT / "constraints.txt").read_text().splitlines():
-        assert re.fullmatch(r"#.*|[a-z0-9-]+==[0-9][0-9a-z.]*", line), line
+        assert re.fullmatch(r"#.*|[a-z0-9-]+==[0-9][0-9a-z.]*(; .+)?", line), line
         assert "://" not in line
 
 

@@ -50,20 +50,21 @@ def compile_for(target: str, function: Callable[..., Any], *specs: Any, devices:
         ValueError: for an unknown target, more devices than it has, or when libtpu is missing.
             What the compiler has against the program it raises as its own exception.
     """
-    mesh = mesh_for(target, data=devices)
-    whole = NamedSharding(mesh, PartitionSpec())
-    specs = jax.tree.map(lambda x: _placed(x, whole), specs)
-    meshes = {x.sharding.mesh for x in jax.tree.leaves(specs)} - {mesh}
-    if len(meshes) > 1 or (meshes and devices != 1):
+    own = mesh_for(target, data=devices)
+    given = {x.sharding.mesh for x in jax.tree.leaves(specs) if _is_placed(x)}
+    if len(given | {own}) > 1 and (len(given) > 1 or devices != 1):
         raise ValueError(
-            f"specs: expected shardings over one mesh of {target}, got several: {meshes | {mesh}}"
+            f"specs: expected shardings over one mesh of {target} (and no devices=), got "
+            f"{len(given)} meshes and devices={devices}"
         )
-    if meshes:
-        (mesh,) = meshes
-        whole = NamedSharding(mesh, PartitionSpec())
-        specs = jax.tree.map(
-            lambda x: x if x.sharding.mesh == mesh else x.update(sharding=whole), specs
-        )
+    mesh = given.pop() if given else own
+    whole = NamedSharding(mesh, PartitionSpec())
+    specs = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=x.sharding if _is_placed(x) else whole
+        ),
+        specs,
+    )
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = jax.jit(function).lower(*specs)
     return lowered.compile()
@@ -101,9 +102,7 @@ def require_libtpu() -> None:
         )
 
 
-def _placed(x, whole: NamedSharding) -> jax.ShapeDtypeStruct:
+def _is_placed(x) -> bool:
+    """Does it carry a sharding over devices of a TPU?"""
     sharding = getattr(x, "sharding", None)
-    on_target = (
-        isinstance(sharding, NamedSharding) and sharding.mesh.devices.flat[0].platform == "tpu"
-    )
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding if on_target else whole)
+    return isinstance(sharding, NamedSharding) and sharding.mesh.devices.flat[0].platform == "tpu"

@@ -1,5 +1,7 @@
 """`memseq kernels`: which forms each operation has, and how fast they are on this machine.
 
+What a TPU's compiler says of the TPU kernels is the work of `compile_table`.
+
 A time alone says little, so each is shown beside two others from the same run: that of the
 `reference` form, and the matmul floor, three times the products of a forward pass (one for the
 forward, two for the backward pass) at the speed of one large matrix product. The rounds of all
@@ -91,7 +93,12 @@ OPERATIONS = {
 
 def main(args: argparse.Namespace) -> int:
     """Runs `memseq kernels` with the options that `memseq.cli` parsed; returns the exit status."""
-    if getattr(args, "action", None) == "bench":
+    action = getattr(args, "action", None)
+    if action == "compile":
+        from memseq.pallas_kernels import compile_table  # it needs this module
+
+        return compile_table.main(args)
+    if action == "bench":
         bench(args)
     else:
         print(forms_table())
@@ -105,7 +112,7 @@ def forms_table() -> str:
         (name, ", ".join(op.forms.available), op.function.__doc__.partition("\n")[0])
         for name, op in OPERATIONS.items()
     ]
-    return _table(rows, left=3)
+    return text_table(rows, left=3)
 
 
 def bench(args: argparse.Namespace) -> None:
@@ -215,7 +222,7 @@ def _times(chosen, programs, rate, args) -> str:
         "Ratios are of forward with backward; the floor is three times the forward products at the "
         "speed above."
     )
-    return f"{title}\n\n{_table(rows, left=2)}\n{TARGETS}"
+    return f"{title}\n\n{text_table(rows, left=2)}\n{TARGETS}"
 
 
 def _growth(chosen, args) -> str:
@@ -232,10 +239,10 @@ def _growth(chosen, args) -> str:
             sizes = (memory.temp_size_in_bytes, memory.argument_size_in_bytes)
             mib = (f"{size / 2**20:.1f}" for size in sizes)
             rows.append((name, str(steps), f"{spent:.1f}", *mib))
-    return f"The chunked form with its backward pass, as time grows:\n\n{_table(rows, left=1)}"
+    return f"The chunked form with its backward pass, as time grows:\n\n{text_table(rows, left=1)}"
 
 
-def _table(rows: list[tuple[str, ...]], left: int) -> str:
+def text_table(rows: list[tuple[str, ...]], left: int) -> str:
     """Columns of text; the first `left` are aligned left, the others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []

@@ -113,9 +113,7 @@ def _automatic(forms: Forms, plain_name: str, arrays: tuple, options: dict) -> A
         return call(*arrays), arrays
 
     def backward_rule(arrays, cotangents):
-        branches = {
-            p: _backward(forms, k, arrays, cotangents, options) for p, k in kernels.items()
-        }
+        branches = {p: _backward(forms, k, arrays, cotangents, options) for p, k in kernels.items()}
         return by_platform(plain_backward, branches, arrays, cotangents)
 
     call.defvjp(forward_rule, backward_rule)

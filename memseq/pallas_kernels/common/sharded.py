@@ -37,10 +37,12 @@ def over_mesh(
         if kind == AxisType.Auto
     }
     split = {
-        letter: _dividing(mesh, [n for n in wanted if n in free and mesh.shape[n] > 1], letter, axes, arrays)
+        letter: _dividing(
+            mesh, [n for n in wanted if n in free and mesh.shape[n] > 1], letter, axes, arrays
+        )
         for letter, wanted in (("b", BATCH_AXES), ("h", HEAD_AXES))
     }
-    if not any(split.values()):
+    if math.prod(mesh.shape[name] for name in free) == 1:
         return function
 
     def spec(letters, ndim):
@@ -70,9 +72,9 @@ def over_mesh(
             ]
 
         # over all axes, also those that split nothing here: the compilers accept nothing less
-        found = jax.shard_map(
-            local, in_specs=tuple(specs), out_specs=out_specs, axis_names=free
-        )(*given)
+        found = jax.shard_map(local, in_specs=tuple(specs), out_specs=out_specs, axis_names=free)(
+            *given
+        )
         left = iter(found)
         return tuple(next(left) if keep else None for keep in kept)
 
