@@ -8,10 +8,17 @@ y, state = layer.apply(params, more, state)          # goes on where it stopped
 
 from memseq.layers.attention.softmax_attention import SoftmaxAttention
 from memseq.layers.common.base import SequenceLayer
+from memseq.layers.delta_rule.comba import Comba
 from memseq.layers.delta_rule.delta_net import DeltaNet
+from memseq.layers.delta_rule.delta_product import DeltaProduct, GatedDeltaProduct
 from memseq.layers.delta_rule.gated_delta_net import GatedDeltaNet
+from memseq.layers.delta_rule.kimi_delta_attention import GatedDeltaNet2, KimiDeltaAttention
 from memseq.layers.linear_attention.gated_linear_attention import GatedLinearAttention
 from memseq.layers.linear_attention.linear_attention import LinearAttention
+from memseq.layers.linear_attention.retention import LightningAttention, Retention
+from memseq.layers.linear_attention.simple_gated_linear_attention import (
+    SimpleGatedLinearAttention,
+)
 from memseq.layers.state_space.mamba2 import Mamba2
 
 # Every causal sequence layer by name; each constructor works with `features` alone.
@@ -19,8 +26,16 @@ REGISTRY = {
     "softmax_attention": SoftmaxAttention,
     "linear_attention": LinearAttention,
     "gated_linear_attention": GatedLinearAttention,
+    "simple_gated_linear_attention": SimpleGatedLinearAttention,
+    "retention": Retention,
+    "lightning_attention": LightningAttention,
     "delta_net": DeltaNet,
     "gated_delta_net": GatedDeltaNet,
+    "gated_delta_net2": GatedDeltaNet2,
+    "kimi_delta_attention": KimiDeltaAttention,
+    "delta_product": DeltaProduct,
+    "gated_delta_product": GatedDeltaProduct,
+    "comba": Comba,
     "mamba2": Mamba2,
 }
 SET_LAYERS: dict = {}
@@ -32,11 +47,19 @@ __all__ = [
     "CROSS_LAYERS",
     "REGISTRY",
     "SET_LAYERS",
+    "Comba",
     "DeltaNet",
+    "DeltaProduct",
     "GatedDeltaNet",
+    "GatedDeltaNet2",
+    "GatedDeltaProduct",
     "GatedLinearAttention",
+    "KimiDeltaAttention",
+    "LightningAttention",
     "LinearAttention",
     "Mamba2",
+    "Retention",
     "SequenceLayer",
+    "SimpleGatedLinearAttention",
     "SoftmaxAttention",
 ]

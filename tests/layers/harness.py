@@ -168,14 +168,18 @@ def query_key_value(params, x, key_heads, heads, activation=False):
     ]
 
 
-def read_out(params, x, out):
+def read_out(params, x, out, activation=silu):
     """Norm per head, gate, output projection of out [time, heads, dim], where they have params."""
+    if "gate_in" in params:
+        gate = x @ params["gate_in"]["kernel"] @ params["gate"]["kernel"] + params["gate"]["bias"]
+    elif "gate" in params:
+        gate = x @ params["gate"]["kernel"]
     y = []
-    for u, heads in zip(x, out, strict=True):
+    for t, heads in enumerate(out):
         if "norm" in params:
             heads = [rms_norm(o, params["norm"]["scale"]) for o in heads]
         o = np.concatenate(list(heads))
         if "gate" in params:
-            o = o * silu(u @ params["gate"]["kernel"])
+            o = o * activation(gate[t])
         y.append(o @ params["output"]["kernel"])
     return np.array(y)

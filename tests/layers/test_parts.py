@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from memseq.layers import DeltaNet
-from memseq.layers.attention.softmax_attention import rotate
 from memseq.layers.common.base import check_like, enter, leave
 from memseq.layers.common.parts import (
     MambaGate,
@@ -17,6 +16,7 @@ from memseq.layers.common.parts import (
     conv_tail,
     l2_normalize,
     merge_heads,
+    rotate,
     split_heads,
 )
 from tests.layers.harness import rms_norm, short_conv, silu, softplus, unit

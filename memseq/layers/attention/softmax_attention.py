@@ -8,7 +8,14 @@ import jax.numpy as jnp
 
 from memseq.layers.attention.cache import SoftmaxAttentionState, empty_cache, grown, store
 from memseq.layers.common.base import SequenceLayer, enter, leave
-from memseq.layers.common.parts import RMSNorm, ShortConv, conv_tail, merge_heads, split_heads
+from memseq.layers.common.parts import (
+    RMSNorm,
+    ShortConv,
+    conv_tail,
+    merge_heads,
+    rotate,
+    split_heads,
+)
 from memseq.pallas_kernels import attention
 from memseq.pallas_kernels.common.checks import check_count
 from memseq.pallas_kernels.common.segments import Segments, segment_positions, segments
@@ -182,18 +189,3 @@ class SoftmaxAttention(SequenceLayer):
         if self.gate is not None:
             out = out * nn.silu(self.gate(x))
         return self.output(out)
-
-
-def rotate(x: jax.Array, position: jax.Array, base: float) -> jax.Array:
-    """Rotary positions: turns each pair (x_i, x_{i + dim/2}) by position * base ** (-2i / dim).
-
-    x [batch, time, heads, dim], position int32 [batch, time]; angles in float32 at least.
-    """
-    half = x.shape[-1] // 2
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-    frequency = base ** (-jnp.arange(half, dtype=dtype) / half)
-    angle = position[..., None, None].astype(dtype) * frequency
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    first, second = x[..., :half].astype(dtype), x[..., half:].astype(dtype)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)

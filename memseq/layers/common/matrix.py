@@ -8,6 +8,9 @@ import jax.numpy as jnp
 
 from memseq.layers.common.base import SequenceLayer, leave, no_segment, state_dataclass
 from memseq.layers.common.parts import RMSNorm, ShortConv, conv_tail, merge_heads, split_heads
+from memseq.pallas_kernels.common.checks import check_choice
+
+GATE_ACTIVATIONS = {"silu": nn.silu, "sigmoid": nn.sigmoid}
 
 
 @state_dataclass
@@ -35,7 +38,8 @@ class MatrixLayer(SequenceLayer):
         key_dim: size of a key per head; None is features / heads.
         value_dim: size of a value per head; None is features / heads.
         output_norm: RMS norm of each head's read-out.
-        output_gate: multiply the read-out by silu of a projection of x.
+        output_gate: multiply the read-out by a projection of x, activated.
+        gate_activation: of the output gate, "silu" or "sigmoid".
         conv_width: short convolution of query, key and value, with silu; 0 is none.
     """
 
@@ -43,15 +47,17 @@ class MatrixLayer(SequenceLayer):
     value_dim: int | None = None
     output_norm: bool = True
     output_gate: bool = False
+    gate_activation: str = "silu"
     conv_width: int = 0
 
     STATE: ClassVar[type] = MatrixState
 
     def setup_matrix(self, conv_activation: str | None = "silu") -> None:
+        check_choice("gate_activation", self.gate_activation, GATE_ACTIVATIONS)
         key_heads, key_dim, heads, value_dim = self.dims()
         self.query = self.dense(key_heads * key_dim)
-        self.key = self.dense(key_heads * key_dim)
-        self.value = self.dense(heads * value_dim)
+        self.key = self.dense(self.writes() * key_heads * key_dim)
+        self.value = self.dense(self.writes() * heads * value_dim)
         self.conv = ShortConv(
             self.conv_width,
             self._channels(),
@@ -60,8 +66,13 @@ class MatrixLayer(SequenceLayer):
             param_dtype=self.param_dtype,
         )
         self.norm = RMSNorm(param_dtype=self.param_dtype) if self.output_norm else None
-        self.gate = self.dense(heads * value_dim) if self.output_gate else None
+        self.gate = self.make_gate(heads * value_dim) if self.output_gate else None
         self.output = self.dense(self.features)
+
+    @nn.nowrap
+    def make_gate(self, size: int) -> nn.Module:
+        """The output gate's projection."""
+        return self.dense(size)
 
     @nn.nowrap
     def dims(self) -> tuple[int, int, int, int]:
@@ -70,46 +81,66 @@ class MatrixLayer(SequenceLayer):
         return self.heads, key_dim, self.heads, self.split_features("value_dim", self.value_dim)
 
     @nn.nowrap
+    def writes(self) -> int:
+        """Pairs of a key and a value that a step writes into each head's memory."""
+        return 1
+
+    @nn.nowrap
     def _channels(self) -> int:
         key_heads, key_dim, heads, value_dim = self.dims()
-        return 2 * key_heads * key_dim + heads * value_dim
+        return (1 + self.writes()) * key_heads * key_dim + self.writes() * heads * value_dim
 
     @nn.nowrap
     def init_state(self, batch: int, context: int | None = None) -> Any:
         """An empty memory and an empty tail of the convolution; `context` changes nothing."""
+        return self.STATE(**self.empty_parts(batch))
+
+    @nn.nowrap
+    def empty_parts(self, batch: int) -> dict[str, jax.Array]:
+        """The fields of an empty `MatrixState`."""
         _, key_dim, heads, value_dim = self.dims()
-        return self.STATE(
-            memory=jnp.zeros((batch, heads, key_dim, value_dim), jnp.float32),
-            conv=conv_tail(batch, self.conv_width, self._channels(), self.activation_dtype()),
-            segment=no_segment(batch),
-        )
+        return {
+            "memory": jnp.zeros((batch, heads, key_dim, value_dim), jnp.float32),
+            "conv": conv_tail(batch, self.conv_width, self._channels(), self.activation_dtype()),
+            "segment": no_segment(batch),
+        }
 
     def project_all(self, x: jax.Array) -> jax.Array:
         """Query, key and value side by side, [batch, time, channels]."""
         return jnp.concatenate([self.query(x), self.key(x), self.value(x)], axis=-1)
 
     def convolve(self, mixed: jax.Array, state: Any, segment_ids: jax.Array | None):
-        """`project_all`'s result after the convolution, by heads, and the new tail."""
+        """`project_all`'s result after the convolution, by heads, and the new tail.
+
+        With several writes a step, keys and values have theirs one after another as heads.
+        """
         key_heads, key_dim, heads, _ = self.dims()
+        writes = self.writes()
         mixed, conv = self.conv(mixed, state.conv, segment_ids)
         size = key_heads * key_dim
-        query, key, value = jnp.split(mixed, [size, 2 * size], axis=-1)
+        query, key, value = jnp.split(mixed, [size, (1 + writes) * size], axis=-1)
         return (
             split_heads(query, key_heads),
-            split_heads(key, key_heads),
-            split_heads(value, heads),
+            split_heads(key, writes * key_heads),
+            split_heads(value, writes * heads),
             conv,
         )
 
     def leave_with(self, memory: jax.Array, conv: jax.Array, state: Any, segment_ids: Any) -> Any:
         """The state after this call."""
+        return self.STATE(**self.leave_parts(memory, conv, state, segment_ids))
+
+    def leave_parts(
+        self, memory: jax.Array, conv: jax.Array, state: Any, segment_ids: Any
+    ) -> dict[str, jax.Array]:
+        """The fields of the `MatrixState` after this call."""
         self.sow("intermediates", "memory_norm", jnp.sqrt(jnp.mean(memory**2)))
-        return self.STATE(memory=memory, conv=conv, segment=leave(state, segment_ids))
+        return {"memory": memory, "conv": conv, "segment": leave(state, segment_ids)}
 
     def finish(self, x: jax.Array, out: jax.Array) -> jax.Array:
         if self.norm is not None:
             out = self.norm(out)
         out = merge_heads(out)
         if self.gate is not None:
-            out = out * nn.silu(self.gate(x))
+            out = out * GATE_ACTIVATIONS[self.gate_activation](self.gate(x))
         return self.output(out)

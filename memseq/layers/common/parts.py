@@ -110,6 +110,21 @@ class MambaGate(nn.Module):
         return dt, -jnp.exp(a_log) * dt
 
 
+def rotate(x: jax.Array, position: jax.Array, base: float) -> jax.Array:
+    """Rotary positions: turns each pair (x_i, x_{i + dim/2}) by position * base ** (-2i / dim).
+
+    x [batch, time, heads, dim], position int32 [batch, time]; angles in float32 at least.
+    """
+    half = x.shape[-1] // 2
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    frequency = base ** (-jnp.arange(half, dtype=dtype) / half)
+    angle = position[..., None, None].astype(dtype) * frequency
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = x[..., :half].astype(dtype), x[..., half:].astype(dtype)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
 def split_heads(x: jax.Array, heads: int) -> jax.Array:
     """[batch, time, heads * dim] -> [batch, time, heads, dim]."""
     return x.reshape(*x.shape[:-1], heads, -1)
