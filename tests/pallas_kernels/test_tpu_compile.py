@@ -13,6 +13,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from memseq.pallas_kernels import delta_rule, linear_attention
 from memseq.pallas_kernels.aot import TARGETS, compile_for, mesh_for
 
+pytestmark = pytest.mark.usefixtures("needs_libtpu")
+
 
 def matrix_memory(time, heads, key_dim, value_dim, dtype=jnp.bfloat16, decay=None, **more):
     """Arguments as shapes: `more` names further ones by their layout."""

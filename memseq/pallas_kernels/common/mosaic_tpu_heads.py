@@ -43,8 +43,10 @@ def plan(query: jax.Array, value: jax.Array, chunk_size: int | None, most: int) 
     wanted = min(most, most if chunk_size is None else chunk_size, time)
     chunk = max(16, 1 << (wanted - 1).bit_length())  # 16 rows of bfloat16 fill a register
     at_once = tpu.largest_divisor(heads, max(1, 512 // max(widest, 128)))
-    chunks = min(4, -(-time // chunk))
-    return tpu.Plan(chunk, chunks, at_once)
+    all_chunks = -(-time // chunk)
+    most_chunks = max(1, 1024 * 128 // max(widest, 128) // chunk)
+    grid_steps = -(-all_chunks // most_chunks)
+    return tpu.Plan(chunk, -(-all_chunks // grid_steps), at_once)
 
 
 def passes(*inputs: jax.Array) -> int:
