@@ -310,8 +310,13 @@ def unit_lower_inverse(passes: int, a: jax.Array) -> jax.Array:
     def joins(size):
         return jnp.where(straddles(size, i, j), a, 0)
 
-    inverse = jnp.where(i == j, 1.0, -joins(1))
-    size = 2
+    # Blocks of 2 and 4 without the matrix unit: (I - l1) l2 (I - l1), with l1 one number a pair
+    one, two = joins(1), joins(2)
+    below, beside = one.sum(axis=2, keepdims=True), one.sum(axis=1, keepdims=True)
+    left = two - below * pltpu.roll(two, 1, 1)
+    right = left - beside * pltpu.roll(left, chunk - 1, 2)
+    inverse = jnp.where(i == j, 1.0, -one - right)
+    size = 4
     while size < chunk:
         inner = _product("nn", passes, joins(size), inverse)
         inverse = inverse - _product("nn", passes, inverse, inner)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from memseq.pallas_kernels.common import mosaic_tpu as tpu
 from memseq.pallas_kernels.common import mosaic_tpu_blocks as blocks
 
+LANES = 128
 LARGEST = {"key_dim": 256, "value_dim": 512}  # whose state and chunks fit the vector memory
 
 
@@ -38,14 +39,20 @@ def limit(query: jax.Array, value: jax.Array, state: jax.Array) -> str | None:
 
 
 def plan(query: jax.Array, value: jax.Array, chunk_size: int | None, most: int) -> tpu.Plan:
-    """Chunks of up to `most` steps, and so many heads and chunks that a grid step is worth it."""
-    time, heads, widest = query.shape[1], query.shape[2], max(query.shape[3], value.shape[3])
+    """Chunks of up to `most` steps, as many heads and chunks at once as the vector memory holds.
+
+    Eight heads: one after another, the matrix unit would wait for each one's chain of products.
+    Eight chunks: what a grid step costs by itself is then less than a fifth.
+    """
+    time, heads = query.shape[1:3]
     wanted = min(most, most if chunk_size is None else chunk_size, time)
     chunk = max(16, 1 << (wanted - 1).bit_length())  # 16 rows of bfloat16 fill a register
-    at_once = tpu.largest_divisor(heads, max(1, 512 // max(widest, 128)))
+    registers = -(-max(query.shape[3], value.shape[3]) // LANES)
+    bytes_each = max(query.dtype.itemsize, value.dtype.itemsize, 2)
     all_chunks = -(-time // chunk)
-    most_chunks = max(1, 1024 * 128 // max(widest, 128) // chunk)
+    most_chunks = max(1, 16 // (bytes_each * registers))
     grid_steps = -(-all_chunks // most_chunks)
+    at_once = tpu.largest_divisor(heads, max(1, 8 // registers))
     return tpu.Plan(chunk, -(-all_chunks // grid_steps), at_once)
 
 
