@@ -153,7 +153,7 @@ def interpreted(form="mosaic_tpu", **options):
         raise
 
 
-GATES = ("log_decay", "beta", "sign", "phase", "dt")
+GATES = ("log_decay", "value_log_decay", "beta", "sign", "phase", "dt")
 
 
 def check_kernel(operation, inputs, options, rng):

@@ -108,6 +108,10 @@ KERNEL_CASES = {
     ),
     "gates of heads, bonus": Case(63, "step", bonus=True, longest=40, batch=3),
     "gates of channels, two grid steps": Case(97, "channel", batch=1, chunk_size=16),
+    "hard gates of values, segments": Case(
+        97, value_decay=True, longest=40, batch=3, chunk_size=32
+    ),
+    "all gates, bonus": Case(33, "channel", value_decay=True, bonus=True, heads=4, chunk_size=16),
     "one step": Case(1, "step"),
 }
 

@@ -29,6 +29,7 @@ def matrix_memory(time, heads, key_dim, value_dim, dtype=jnp.bfloat16, decay=Non
         shapes["log_decay"] = ((*lead, key_dim) if decay == "channel" else lead, jnp.float32)
     layouts = {
         "beta": (lead, dtype),
+        "value_log_decay": ((*lead, value_dim), jnp.float32),
         "bonus": ((heads, key_dim), jnp.float32),
         "erase_key": ((*lead, key_dim), dtype),
         "segment_ids": ((1, time), jnp.int32),
@@ -42,7 +43,11 @@ CALLS = {
         (linear_attention, matrix_memory(300, 4, 128, 128), {}),
         (linear_attention, matrix_memory(256, 2, 64, 128, decay="step", segment_ids=True), {}),
         (linear_attention, matrix_memory(256, 2, 256, 256, jnp.float32, "step", bonus=True), {}),
-        (linear_attention, matrix_memory(40, 3, 16, 24, decay="channel", bonus=True), {}),
+        (
+            linear_attention,
+            matrix_memory(40, 3, 16, 24, decay="channel", bonus=True, value_log_decay=True),
+            {},
+        ),
     ],
     "delta_rule": [
         (delta_rule, matrix_memory(300, 4, 128, 128, beta=True), {}),

@@ -294,6 +294,24 @@ def decayed_products(
     return found
 
 
+def decayed_sum(
+    passes: int, weights: jax.Array, values: jax.Array, decays: list[jax.Array]
+) -> jax.Array:
+    """out_iv = weights_ii values_iv + sum_{j<i} weights_ij values_jv decay(j to i)_v, [H, C, V].
+
+    weights [H, C, C], values [H, C, V]; decays: of each level, [H, C, V].
+    """
+    i, j = positions(values.shape[1])
+    values = values.astype(FLOAT32)
+    out = jnp.sum(jnp.where(i == j, weights, 0), axis=2, keepdims=True) * values
+    size = 1
+    for decay in decays:
+        pairs = jnp.where(straddles(size, i, j), weights, 0)
+        out += decay * product("nn", passes, pairs, decay * values)
+        size *= 2
+    return out
+
+
 # --- the triangular system -----------------------------------------------------------------------
 
 

@@ -19,8 +19,6 @@ NAME = "linear_attention"
 
 def limit(query, key, value, log_decay, value_log_decay, bonus, state, index, **options):
     """Why the kernels cannot run, or None."""
-    if value_log_decay is not None:
-        return "value_log_decay is not in the TPU kernels yet"
     return heads_of.limit(query, value, state)
 
 
@@ -38,21 +36,23 @@ MOSAIC_TPU = KernelForm(forward, backward, limit)
 
 
 def _call(arrays, scale, chunk_size) -> heads_of.Call:
-    query, key, value, log_decay, _, bonus, state, index = arrays
+    query, key, value, log_decay, value_log_decay, bonus, state, index = arrays
     by_channel = log_decay is not None and log_decay.ndim == 4
-    plan = heads_of.plan(query, value, chunk_size, 64 if by_channel else 128)
+    by_step = not by_channel and value_log_decay is None
+    plan = heads_of.plan(query, value, chunk_size, 128 if by_step else 64)
     step = functools.partial(
         _step,
         scale=scale,
         passes=heads_of.passes(query, key, value),
         decay=None if log_decay is None else "channel" if by_channel else "head",
+        value_decay=value_log_decay is not None,
         exclusive=bonus is not None,
     )
     return heads_of.Call(NAME, step, functools.partial(_operands, plan=plan), plan, value)
 
 
 def _operands(arrays, *, plan) -> tpu.Operands:
-    query, key, value, log_decay, _, bonus, state, index = arrays
+    query, key, value, log_decay, value_log_decay, bonus, state, index = arrays
     steps = [heads_of.to_sequences(x, plan) for x in (query, key, value)]
     rows, fixed = [], []
     shared = heads_of.shared(index, plan)
@@ -64,6 +64,8 @@ def _operands(arrays, *, plan) -> tpu.Operands:
             coarse, fine = blocks.split_sums(by_chunk, shared, exclusive)
             rows.append(fine)
             fixed.append(coarse)
+    if value_log_decay is not None:
+        steps.append(heads_of.to_sequences(value_log_decay, plan))
     constants = ()
     if bonus is not None:
         batch = query.shape[0]
@@ -78,7 +80,7 @@ def _operands(arrays, *, plan) -> tpu.Operands:
     )
 
 
-def _step(chunk: tpu.Chunk, state, *, scale, passes, decay, exclusive):
+def _step(chunk: tpu.Chunk, state, *, scale, passes, decay, value_decay, exclusive):
     query, key, value, *gates = chunk.steps
     size = query.shape[1]
     masks = blocks.masks(chunk.shared, size)
@@ -105,7 +107,14 @@ def _step(chunk: tpu.Chunk, state, *, scale, passes, decay, exclusive):
         weights = jnp.where(i == j, jnp.sum(own, axis=2, keepdims=True), weights)
     q_start = blocks.keep(masks.from_start, q_start)
     k_end = blocks.keep(masks.to_end, k_end)
-    out = blocks.product("nn", passes, weights, value)
-    out += blocks.product("nt", passes, q_start, state)
+    past = blocks.product("nt", passes, q_start, state)
+    if value_decay:
+        found = blocks.channel_decay(gates[-1], exclusive, exclusive)
+        out = blocks.decayed_sum(passes, weights, value, [read for read, _ in found.levels])
+        out += past * found.read_start
+        value = value * found.to_end
+        carry = carry * jnp.swapaxes(found.total, 1, 2)
+    else:
+        out = blocks.product("nn", passes, weights, value) + past
     state = blocks.keep(masks.carried, carry * state) + blocks.product("tn", passes, value, k_end)
     return (scale * out,), state
