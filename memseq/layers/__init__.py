@@ -14,6 +14,7 @@ from memseq.layers.delta_rule.delta_product import DeltaProduct, GatedDeltaProdu
 from memseq.layers.delta_rule.gated_delta_net import GatedDeltaNet
 from memseq.layers.delta_rule.kimi_delta_attention import GatedDeltaNet2, KimiDeltaAttention
 from memseq.layers.linear_attention.gated_linear_attention import GatedLinearAttention
+from memseq.layers.linear_attention.gated_slot_attention import GatedSlotAttention
 from memseq.layers.linear_attention.linear_attention import LinearAttention
 from memseq.layers.linear_attention.retention import LightningAttention, Retention
 from memseq.layers.linear_attention.simple_gated_linear_attention import (
@@ -27,6 +28,7 @@ REGISTRY = {
     "linear_attention": LinearAttention,
     "gated_linear_attention": GatedLinearAttention,
     "simple_gated_linear_attention": SimpleGatedLinearAttention,
+    "gated_slot_attention": GatedSlotAttention,
     "retention": Retention,
     "lightning_attention": LightningAttention,
     "delta_net": DeltaNet,
@@ -54,6 +56,7 @@ __all__ = [
     "GatedDeltaNet2",
     "GatedDeltaProduct",
     "GatedLinearAttention",
+    "GatedSlotAttention",
     "KimiDeltaAttention",
     "LightningAttention",
     "LinearAttention",

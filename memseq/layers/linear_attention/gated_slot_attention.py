@@ -1,0 +1,105 @@
+"""Gated slot attention."""
+
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from memseq.layers.common.base import enter, state_dataclass
+from memseq.layers.common.matrix import MatrixLayer, MatrixState
+from memseq.layers.common.parts import merge_heads, split_heads
+from memseq.pallas_kernels import linear_attention
+from memseq.pallas_kernels.common.checks import check_count
+
+
+@state_dataclass
+class GatedSlotAttentionState(MatrixState):
+    """`memory` holds the slots' values, float32 [batch, heads, slots, value_dim].
+
+    Attributes (beside those of `MatrixState`):
+        keys: float32 [batch, heads, key_dim, slots], the slots' keys.
+    """
+
+    keys: jax.Array
+
+
+class GatedSlotAttention(MatrixLayer):
+    """Softmax attention over a fixed number of slots that tokens fill and gates empty.
+
+        K_t = K_{t-1} Diag(a_t) + k_t (1 - a_t)^T,  V_t = Diag(a_t) V_{t-1} + (1 - a_t) v_t^T,
+        out_t = V_t^T softmax(K_t^T q_t),  log a_t = log sigmoid(W x_t) / gate_normalizer
+
+    Zhang et al. 2024, "Gated Slot Attention", arXiv:2409.07146, equations 8 to 10: two passes of
+    gated linear attention, the first with a decay of value channels. Queries, keys and values are
+    activated by silu; the read-out is activated, normed over all heads and projected.
+
+    Attributes (beside those of every layer and of `MatrixLayer`):
+        slots: keys and values a head's memory holds.
+        gate_normalizer: what the log decay is divided by; larger forgets more slowly.
+    """
+
+    slots: int = 64
+    gate_normalizer: float = 8.0
+
+    PAPER: ClassVar[str] = "Zhang et al. 2024, arXiv:2409.07146"
+    MEMORY: ClassVar[str] = "slots [heads, slots, key_dim + value_dim]"
+    OPERATION: ClassVar[str] = "linear_attention"
+    STATE: ClassVar[type] = GatedSlotAttentionState
+
+    def setup(self):
+        check_count("slots", self.slots, 1)
+        if not self.gate_normalizer > 0:
+            raise ValueError(
+                f"gate_normalizer: expected a positive number, got {self.gate_normalizer}"
+            )
+        self.setup_matrix()
+        self.decay = self.dense(self.heads * self.slots)
+
+    @nn.nowrap
+    def init_state(self, batch: int, context: int | None = None) -> Any:
+        _, key_dim, heads, value_dim = self.dims()
+        values = jnp.zeros((batch, heads, self.slots, value_dim), jnp.float32)
+        keys = jnp.zeros((batch, heads, key_dim, self.slots), jnp.float32)
+        return self.STATE(**self.empty_parts(batch) | {"memory": values}, keys=keys)
+
+    def project(self, x):
+        gate = self.decay(x)
+        gate = gate.astype(jnp.promote_types(gate.dtype, jnp.float32))
+        log_decay = nn.log_sigmoid(gate) / self.gate_normalizer
+        self.sow("intermediates", "mean_decay", jnp.exp(log_decay).mean())
+        return self.project_all(x), split_heads(log_decay, self.heads)
+
+    def mix(self, inputs, state, segment_ids):
+        mixed, log_decay = inputs
+        state = enter(state, self.init_state(mixed.shape[0]), segment_ids)
+        query, key, value, conv = self.convolve(mixed, state, segment_ids)
+        options = self.operation_options(segment_ids) | {"scale": 1.0}
+        written = -jnp.expm1(log_decay)  # 1 - a, in float32 at least, as are the scores
+        scores, keys = linear_attention(
+            query,
+            key,
+            written,
+            value_log_decay=log_decay,
+            initial_state=state.keys,
+            **options,
+        )
+        weights = nn.softmax(scores, axis=-1)
+        out, values = linear_attention(
+            weights.astype(value.dtype),
+            written.astype(value.dtype),
+            value,
+            log_decay,
+            initial_state=state.memory,
+            **options,
+        )
+        left = self.leave_parts(values, conv, state, segment_ids)
+        return out, self.STATE(**left, keys=keys)
+
+    def finish(self, x, out):
+        out = nn.silu(merge_heads(out))
+        if self.norm is not None:
+            out = self.norm(out)
+        if self.gate is not None:
+            out = out * nn.silu(self.gate(x))
+        return self.output(out)
