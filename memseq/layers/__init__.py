@@ -15,6 +15,7 @@ from memseq.layers.delta_rule.gated_delta_net import GatedDeltaNet
 from memseq.layers.delta_rule.kimi_delta_attention import GatedDeltaNet2, KimiDeltaAttention
 from memseq.layers.linear_attention.gated_linear_attention import GatedLinearAttention
 from memseq.layers.linear_attention.gated_slot_attention import GatedSlotAttention
+from memseq.layers.linear_attention.hgrn2 import HGRN2
 from memseq.layers.linear_attention.linear_attention import LinearAttention
 from memseq.layers.linear_attention.retention import LightningAttention, Retention
 from memseq.layers.linear_attention.simple_gated_linear_attention import (
@@ -28,6 +29,7 @@ REGISTRY = {
     "linear_attention": LinearAttention,
     "gated_linear_attention": GatedLinearAttention,
     "simple_gated_linear_attention": SimpleGatedLinearAttention,
+    "hgrn2": HGRN2,
     "gated_slot_attention": GatedSlotAttention,
     "retention": Retention,
     "lightning_attention": LightningAttention,
@@ -47,6 +49,7 @@ CROSS_LAYERS: dict = {}
 __all__ = [
     "CHANNEL_LAYERS",
     "CROSS_LAYERS",
+    "HGRN2",
     "REGISTRY",
     "SET_LAYERS",
     "Comba",

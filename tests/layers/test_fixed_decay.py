@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from memseq.layers import (
+    HGRN2,
     GatedLinearAttention,
     LightningAttention,
     Retention,
@@ -16,6 +17,7 @@ from tests.layers.harness import (
     check_dtypes,
     check_transcription,
     count,
+    init,
     inputs,
     query_key_value,
     random_params,
@@ -70,7 +72,28 @@ def lightning(layer, params, x):
     return decaying(layer, params, x, decay, *qkv, activation=sigmoid)
 
 
+def hgrn2(layer, params, x):
+    """a = bound + (1 - bound) sigmoid(W x), S = Diag(a) S + (1 - a) v^T; one norm for all heads."""
+    heads = layer.heads
+    query, gate, value = query_key_value(params, x, heads, heads)
+    bound = sigmoid(params["bound_bias"]) if "bound_bias" in params else 0.0
+    decay = bound + (1 - bound) * sigmoid(gate)
+    memory = np.zeros((heads, gate.shape[-1], value.shape[-1]))
+    out = np.zeros(value.shape)
+    for t in range(len(x)):
+        for h in range(heads):
+            a = decay[t, h]
+            memory[h] = a[:, None] * memory[h] + np.outer(1 - a, value[t, h])
+            out[t, h] = memory[h].T @ silu(query[t, h]) / np.sqrt(len(a))
+    return read_out(params, x, out.reshape(len(x), 1, -1)), memory, {"mean_decay": decay}
+
+
 LAYERS = {
+    "hgrn2": (HGRN2(FEATURES), hgrn2),
+    "hgrn2, second of three, gate": (
+        HGRN2(FEATURES, heads=2, layer_index=1, num_layers=3, output_gate=True, value_dim=3),
+        hgrn2,
+    ),
     "simple gated": (SimpleGatedLinearAttention(FEATURES), simple_gated),
     "simple gated, no conv": (
         SimpleGatedLinearAttention(FEATURES, heads=2, conv_width=0, gate_normalizer=2.0, key_dim=3),
@@ -138,6 +161,9 @@ def test_defaults():
     np.testing.assert_allclose(
         np.exp(Retention(32).log_decay()), [31 / 32, 63 / 64, 127 / 128, 255 / 256]
     )
+    bound = init(HGRN2(32, layer_index=1, num_layers=4))["bound_bias"]
+    np.testing.assert_allclose(sigmoid(bound), 0.25, rtol=1e-6)
+    assert count(HGRN2(32), 32) == 4 * 32 * 32 + 32
     np.testing.assert_allclose(LightningAttention(32).log_decay(), [0, -2, -4, -6])
 
 
@@ -152,6 +178,7 @@ def test_dtypes(layer):
         (SimpleGatedLinearAttention(16, gate_normalizer=0.0), "gate_normalizer: .* got 0.0"),
         (Retention(16, key_dim=3), "key_dim: rotary positions need an even size, got 3"),
         (LightningAttention(16, layer_index=2, num_layers=2), "layer_index: .* less than .* 2"),
+        (HGRN2(16, layer_index=-1), "layer_index: .* got -1"),
         (LightningAttention(16, num_layers=0), "num_layers: .* got 0"),
         (Retention(16, gate_activation="tanh"), "gate_activation: .* got 'tanh'"),
     ],

@@ -181,3 +181,13 @@ def check_like(state: Any, expected: Any) -> None:
                 f"state{jax.tree_util.keystr(path)}: expected shape {list(want.shape)}, "
                 f"got {list(got.shape)}"
             )
+
+
+def check_layer_index(layer_index: int, num_layers: int) -> None:
+    """Raises ValueError unless 0 <= layer_index < num_layers."""
+    check_count("num_layers", num_layers, 1)
+    check_count("layer_index", layer_index, 0)
+    if layer_index >= num_layers:
+        raise ValueError(
+            f"layer_index: expected less than num_layers {num_layers}, got {layer_index}"
+        )

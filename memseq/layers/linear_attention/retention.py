@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memseq.layers.common.base import enter, state_dataclass
+from memseq.layers.common.base import check_layer_index, enter, state_dataclass
 from memseq.layers.common.matrix import MatrixLayer, MatrixState
 from memseq.layers.common.parts import rotate
 from memseq.pallas_kernels import linear_attention
-from memseq.pallas_kernels.common.checks import check_count
 from memseq.pallas_kernels.common.segments import Segments, segment_positions, segments
 
 
@@ -126,13 +125,7 @@ class LightningAttention(MatrixLayer):
     STATE: ClassVar[type] = LightningAttentionState
 
     def setup(self):
-        check_count("num_layers", self.num_layers, 1)
-        check_count("layer_index", self.layer_index, 0)
-        if self.layer_index >= self.num_layers:
-            raise ValueError(
-                f"layer_index: expected less than num_layers {self.num_layers}, "
-                f"got {self.layer_index}"
-            )
+        check_layer_index(self.layer_index, self.num_layers)
         self.setup_matrix()
 
     @nn.nowrap
