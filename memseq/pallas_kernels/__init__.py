@@ -3,6 +3,17 @@
 from memseq.pallas_kernels.attention import attention
 from memseq.pallas_kernels.causal_conv import causal_conv
 from memseq.pallas_kernels.delta_rule import delta_rule
+from memseq.pallas_kernels.diagonal_plus_low_rank import diagonal_plus_low_rank
 from memseq.pallas_kernels.linear_attention import linear_attention
+from memseq.pallas_kernels.linear_scan import linear_scan
+from memseq.pallas_kernels.selective_scan import selective_scan
 
-__all__ = ["attention", "causal_conv", "delta_rule", "linear_attention"]
+__all__ = [
+    "attention",
+    "causal_conv",
+    "delta_rule",
+    "diagonal_plus_low_rank",
+    "linear_attention",
+    "linear_scan",
+    "selective_scan",
+]

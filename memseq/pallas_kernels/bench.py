@@ -32,9 +32,18 @@ from memseq.pallas_kernels.common.dispatch import Forms
 from memseq.pallas_kernels.delta_rule import FORMS as DELTA_RULE
 from memseq.pallas_kernels.delta_rule import delta_rule
 from memseq.pallas_kernels.delta_rule import shapes as delta_rule_shapes
+from memseq.pallas_kernels.diagonal_plus_low_rank import FORMS as DIAGONAL_PLUS_LOW_RANK
+from memseq.pallas_kernels.diagonal_plus_low_rank import diagonal_plus_low_rank
+from memseq.pallas_kernels.diagonal_plus_low_rank import shapes as diagonal_plus_low_rank_shapes
 from memseq.pallas_kernels.linear_attention import FORMS as LINEAR_ATTENTION
 from memseq.pallas_kernels.linear_attention import linear_attention
 from memseq.pallas_kernels.linear_attention import shapes as linear_attention_shapes
+from memseq.pallas_kernels.linear_scan import FORMS as LINEAR_SCAN
+from memseq.pallas_kernels.linear_scan import linear_scan
+from memseq.pallas_kernels.linear_scan import shapes as linear_scan_shapes
+from memseq.pallas_kernels.selective_scan import FORMS as SELECTIVE_SCAN
+from memseq.pallas_kernels.selective_scan import selective_scan
+from memseq.pallas_kernels.selective_scan import shapes as selective_scan_shapes
 
 MATMUL = 2048  # rows and columns of the product that the floor is measured with
 TARGETS = """\
@@ -72,6 +81,28 @@ OPERATIONS = {
         DELTA_RULE,
         delta_rule_shapes,
         lambda a: delta_rule_shapes.Shape(a.batch, a.time, a.heads, a.heads, a.dim, a.dim, "step"),
+    ),
+    "diagonal_plus_low_rank": Operation(
+        diagonal_plus_low_rank,
+        DIAGONAL_PLUS_LOW_RANK,
+        diagonal_plus_low_rank_shapes,
+        lambda a: diagonal_plus_low_rank_shapes.Shape(
+            a.batch, a.time, a.heads, a.heads, a.dim, a.dim
+        ),
+    ),
+    "linear_scan": Operation(
+        linear_scan,
+        LINEAR_SCAN,
+        linear_scan_shapes,
+        lambda a: linear_scan_shapes.Shape(a.batch, a.time, a.heads * a.dim),
+        products=False,
+    ),
+    "selective_scan": Operation(
+        selective_scan,
+        SELECTIVE_SCAN,
+        selective_scan_shapes,
+        lambda a: selective_scan_shapes.Shape(a.batch, a.time, a.heads * a.dim),
+        products=False,
     ),
     "causal_conv": Operation(
         causal_conv,

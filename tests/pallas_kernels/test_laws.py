@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from memseq.pallas_kernels import causal_conv, delta_rule, linear_attention
+from memseq.pallas_kernels import (
+    causal_conv,
+    delta_rule,
+    diagonal_plus_low_rank,
+    linear_attention,
+    linear_scan,
+    selective_scan,
+)
 from memseq.pallas_kernels.common import chunks
 from tests.pallas_kernels.harness import (
     assert_close,
@@ -47,6 +54,37 @@ def delta_rule_inputs(rng):
     return inputs | {"log_decay": hard_decay(rng, lead), "beta": rng.uniform(0, 2, size=lead)}
 
 
+def diagonal_plus_low_rank_inputs(rng):
+    inputs = linear_attention_inputs(rng)
+    del inputs["bonus"]
+    unit = correlated_keys(rng, BATCH, TIME, HEADS, DIM, 0.5)
+    strength = rng.uniform(size=(BATCH, TIME, HEADS, 1))
+    return inputs | {"a": -unit, "b": strength * unit}
+
+
+def linear_scan_inputs(rng):
+    lead = (BATCH, TIME, 3)
+    return {
+        "x": rng.normal(size=lead),
+        "log_decay": hard_decay(rng, lead),
+        "sign": rng.choice([-1.0, 1.0], size=lead),
+        "initial_state": rng.normal(size=(BATCH, 3)),
+    }
+
+
+def selective_scan_inputs(rng):
+    lead = (BATCH, TIME)
+    return {
+        "x": rng.normal(size=(*lead, 4)),
+        "dt": rng.exponential(0.3, size=(*lead, 4)),
+        "A": -rng.exponential(3.0, size=(4, 2)),
+        "B": rng.normal(size=(*lead, 2)),
+        "C": rng.normal(size=(*lead, 2)),
+        "D": rng.normal(size=4),
+        "initial_state": rng.normal(size=(BATCH, 4, 2)),
+    }
+
+
 def causal_conv_inputs(rng):
     return {
         "x": rng.normal(size=(BATCH, TIME, 3)),
@@ -59,9 +97,17 @@ def causal_conv_inputs(rng):
 OPERATIONS = {
     "linear_attention": (linear_attention, linear_attention_inputs, {"chunk_size": 8}),
     "delta_rule": (delta_rule, delta_rule_inputs, {"chunk_size": 8}),
+    "diagonal_plus_low_rank": (
+        diagonal_plus_low_rank,
+        diagonal_plus_low_rank_inputs,
+        {"chunk_size": 8},
+    ),
+    "linear_scan": (linear_scan, linear_scan_inputs, {"chunk_size": 8}),
+    "selective_scan": (selective_scan, selective_scan_inputs, {"chunk_size": 8}),
     "causal_conv": (causal_conv, causal_conv_inputs, {"activation": "silu"}),
 }
-SHARED = ("bonus", "kernel", "bias")  # the arguments without a batch axis
+MATRIX = ("linear_attention", "delta_rule", "diagonal_plus_low_rank")  # go by chunk on a CPU
+SHARED = ("bonus", "kernel", "bias", "A", "D")  # the arguments without a batch axis
 
 
 class Operation:
@@ -104,10 +150,16 @@ class Operation:
 
 
 def forms(name):
-    return FORMS[:2] if name == "causal_conv" else FORMS
+    return [form for form in FORMS if form != "by chunk" or name in MATRIX]
 
 
-@pytest.fixture(scope="module", params=[(n, f) for n in OPERATIONS for f in forms(n)], ids="-".join)
+def case(name, form):
+    # the interpreter takes a scan's kernels step by step: a minute each
+    slow = form == "mosaic_tpu" and name.endswith("scan")
+    return pytest.param((name, form), marks=pytest.mark.slow if slow else (), id=f"{name}-{form}")
+
+
+@pytest.fixture(scope="module", params=[case(n, f) for n in OPERATIONS for f in forms(n)])
 def operation(request):
     return Operation(*request.param)
 
@@ -220,7 +272,7 @@ def test_any_split_equals_one_call(name):
     assert_close(found[1], whole[1], 1e-4)
 
 
-@pytest.mark.parametrize("name", ["linear_attention", "delta_rule"])
+@pytest.mark.parametrize("name", MATRIX)
 def test_long_calls_go_by_chunk_on_a_cpu_only(name):
     operation = Operation(name, "by chunk")
     traced = jax.jit(operation.call).trace(operation.inputs)
@@ -231,7 +283,7 @@ def test_long_calls_go_by_chunk_on_a_cpu_only(name):
     assert loops["cpu"] > loops["cuda"] == loops["tpu"]
 
 
-@pytest.mark.parametrize("name", ["linear_attention", "delta_rule"])
+@pytest.mark.parametrize("name", [*MATRIX, "linear_scan", "selective_scan"])
 def test_chunk_size_changes_nothing(name):
     operation = Operation(name, "chunked")
 
@@ -279,7 +331,7 @@ def test_transforms(name):
     def stateless(x):
         return {k: v for k, v in x.items() if k != "initial_state"}
 
-    last = "chunked" if name == "causal_conv" else "by chunk"
+    last = "by chunk" if name in MATRIX else "chunked"
     operations = [Operation(name, form) for form in ("reference", last)]
     inputs = {k: x.astype(np.float64) for k, x in operations[0].inputs.items()}
     direction = cotangents_like(operations[0].rng, inputs)

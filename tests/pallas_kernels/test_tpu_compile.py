@@ -10,7 +10,14 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from memseq.pallas_kernels import delta_rule, linear_attention
+from memseq.pallas_kernels import (
+    causal_conv,
+    delta_rule,
+    diagonal_plus_low_rank,
+    linear_attention,
+    linear_scan,
+    selective_scan,
+)
 from memseq.pallas_kernels.aot import TARGETS, compile_for, mesh_for
 
 pytestmark = pytest.mark.usefixtures("needs_libtpu")
@@ -30,6 +37,8 @@ def matrix_memory(time, heads, key_dim, value_dim, dtype=jnp.bfloat16, decay=Non
     layouts = {
         "beta": (lead, dtype),
         "value_log_decay": ((*lead, value_dim), jnp.float32),
+        "a": ((*lead, key_dim), dtype),
+        "b": ((*lead, key_dim), dtype),
         "bonus": ((heads, key_dim), jnp.float32),
         "erase_key": ((*lead, key_dim), dtype),
         "segment_ids": ((1, time), jnp.int32),
@@ -38,9 +47,18 @@ def matrix_memory(time, heads, key_dim, value_dim, dtype=jnp.bfloat16, decay=Non
     return {name: jax.ShapeDtypeStruct(*x) for name, x in shapes.items()}
 
 
+def arrays(dtype=jnp.float32, **shapes):
+    """Arguments as shapes; segment ids are integers."""
+    return {
+        name: jax.ShapeDtypeStruct(shape, jnp.int32 if name == "segment_ids" else dtype)
+        for name, shape in shapes.items()
+    }
+
+
 CALLS = {
     "linear_attention": [
         (linear_attention, matrix_memory(300, 4, 128, 128), {}),
+        (linear_attention, matrix_memory(70, 3, 64, 32, jnp.float16), {}),
         (linear_attention, matrix_memory(256, 2, 64, 128, decay="step", segment_ids=True), {}),
         (linear_attention, matrix_memory(256, 2, 256, 256, jnp.float32, "step", bonus=True), {}),
         (
@@ -60,6 +78,51 @@ CALLS = {
             delta_rule,
             matrix_memory(100, 3, 16, 24, jnp.float32, "channel", beta=True, erase_key=True),
             {"erase": "undecayed"},
+        ),
+    ],
+    "diagonal_plus_low_rank": [
+        (
+            diagonal_plus_low_rank,
+            matrix_memory(300, 2, 64, 64, decay="channel", a=True, b=True, segment_ids=True),
+            {},
+        ),
+        (
+            diagonal_plus_low_rank,
+            matrix_memory(40, 3, 16, 24, jnp.float32, "step", a=True, b=True),
+            {},
+        ),
+    ],
+    "causal_conv": [
+        (
+            causal_conv,
+            arrays(
+                jnp.bfloat16, x=(2, 300, 320), kernel=(4, 320), bias=(320,), segment_ids=(2, 300)
+            ),
+            {"activation": "silu"},
+        ),
+        (causal_conv, arrays(x=(2, 100, 24), kernel=(3, 24)), {"activation": "gelu"}),
+    ],
+    "linear_scan": [
+        (
+            linear_scan,
+            arrays(jnp.bfloat16, x=(2, 300, 320), log_decay=(2, 300, 320), segment_ids=(2, 300)),
+            {},
+        ),
+        (linear_scan, arrays(x=(2, 100, 24), log_decay=(24,), phase=(24,)), {}),
+    ],
+    "selective_scan": [
+        (
+            selective_scan,
+            arrays(
+                x=(2, 300, 320),
+                dt=(2, 300, 320),
+                A=(320, 16),
+                B=(2, 300, 16),
+                C=(2, 300, 16),
+                D=(320,),
+                segment_ids=(2, 300),
+            ),
+            {},
         ),
     ],
 }

@@ -5,12 +5,20 @@ import jax.numpy as jnp
 
 from memseq.pallas_kernels.causal_conv.activations import ACTIVATIONS
 from memseq.pallas_kernels.causal_conv.chunked import chunked
+from memseq.pallas_kernels.causal_conv.mosaic_tpu import MOSAIC_TPU
 from memseq.pallas_kernels.causal_conv.reference import reference
 from memseq.pallas_kernels.common import checks
 from memseq.pallas_kernels.common.dispatch import Forms, run
 from memseq.pallas_kernels.common.segments import hide_padding, segments
 
-FORMS = Forms("causal_conv", reference, chunked)
+FORMS = Forms(
+    "causal_conv",
+    reference,
+    chunked,
+    MOSAIC_TPU,
+    axes=("bth", "wh", "h", "bwh", "bt", "bt"),
+    out_axes=("bth", "bwh"),
+)
 
 
 def causal_conv(

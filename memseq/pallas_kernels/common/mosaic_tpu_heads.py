@@ -57,16 +57,25 @@ def plan(query: jax.Array, value: jax.Array, chunk_size: int | None, most: int) 
 
 
 def passes(*inputs: jax.Array) -> int:
-    """Passes of a matrix product: 1 for 16-bit inputs, 6 (float32) if one is wider."""
-    return 6 if any(jnp.finfo(x.dtype).bits >= 32 for x in inputs) else 1
+    """Of a matrix product: 6 (float32) if an input is wider than 16 bits, 1 for bfloat16 alone."""
+    if any(jnp.finfo(x.dtype).bits >= 32 for x in inputs):
+        return 6
+    return 3 if any(x.dtype == jnp.float16 for x in inputs) else 1
+
+
+def kernel_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """What an array of this dtype is in a kernel: TPUs know no float16."""
+    return jnp.dtype(jnp.float32 if dtype == jnp.float16 else dtype)
 
 
 def forward(call: Call, arrays: tuple) -> tuple[jax.Array, jax.Array]:
     operands = call.operands(arrays)
     number, time, _ = operands.steps[0].shape
-    out = jax.ShapeDtypeStruct((number, time, call.value.shape[3]), call.value.dtype)
+    shape = (number, time, call.value.shape[3])
+    out = jax.ShapeDtypeStruct(shape, kernel_dtype(call.value.dtype))
     (out,), state = tpu.forward(call.step, operands, (out,), call.plan, name=call.name)
-    return from_sequences(out, call.value.shape), from_state(state, call.value.shape[0])
+    out = from_sequences(out, call.value.shape).astype(call.value.dtype)
+    return out, from_state(state, call.value.shape[0])
 
 
 def backward(call: Call, arrays: tuple, cotangents: tuple) -> tuple:
@@ -94,7 +103,8 @@ def backward(call: Call, arrays: tuple, cotangents: tuple) -> tuple:
 
 
 def to_sequences(x: jax.Array, plan: tpu.Plan) -> jax.Array:
-    """[batch, time, heads, dim] -> [batch x heads, padded time, dim]."""
+    """[batch, time, heads, dim] -> [batch x heads, padded time, dim], in a dtype of the kernels."""
+    x = x.astype(kernel_dtype(x.dtype))
     x = jnp.moveaxis(x, 2, 1).reshape(-1, x.shape[1], x.shape[3])
     return jnp.pad(x, ((0, 0), (0, tpu.padded_time(x.shape[1], plan) - x.shape[1]), (0, 0)))
 

@@ -7,9 +7,8 @@ A recurrence whose state has the channels as its last axis is one pure function 
 where a row is a number for each channel, [1, lanes], and a column a number for each of the A rows
 of the state, the same for all channels, given as [A, lanes]. A kernel keeps the state of all
 channels in VMEM and walks over blocks of time, in each over blocks of channels, in each over the
-steps. Arrays stay [batch, time, channels] as the rest of a program has them: to spread the channels
-over both axes of a register takes a transposed copy of every array in HBM, and such a kernel waits
-for HBM as it is.
+steps. Arrays stay [batch, time, channels] as the rest of a program has them: the compiler packs a
+row of 1024 channels into one full register, so that no transposed copy in HBM is needed for that.
 
 `backward` first walks forward once more to keep the state before each block of time, then from the
 last block to the first: it takes the block's steps again, keeps their states in VMEM, and
@@ -32,13 +31,16 @@ from memseq.pallas_kernels.common.mosaic_tpu_scan_blocks import (
     Specs,
 )
 
+UNROLL = 8  # steps that a loop's body takes: their places in a tile are then known
+
 
 class Call(NamedTuple):
     """One call of an operation.
 
     step: see above; all its arrays are float32, the flag an int32 scalar or None.
     operands: the operation's arrays -> Operands.
-    outputs: (outputs [B, T, C], states as in Operands) -> the operation's results, linear.
+    outputs: (outputs [B, T, C], states as in Operands) -> the operation's results.
+    cotangents: the transpose of `outputs`, which is linear.
     dtypes: of the outputs.
     """
 
@@ -46,6 +48,7 @@ class Call(NamedTuple):
     step: Callable[..., tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]]
     operands: Callable[[tuple], Operands]
     outputs: Callable[[tuple, tuple], Any]
+    cotangents: Callable[..., tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]]
     dtypes: tuple[jnp.dtype, ...]
     plan: Plan
 
@@ -68,15 +71,7 @@ def backward(call: Call, arrays: tuple, cotangents: Any) -> tuple:
 
     known = (x for own, x in zip(places, arrays, strict=True) if own)
     made, pull, flags = jax.vjp(operands, *known, has_aux=True)
-    made = Operands(*made, flags)
-    specs = Specs(made, call.plan, reverse=True)
-    shape = made.rows[0].shape
-    results = (
-        tuple(specs.typed(shape, dtype) for dtype in call.dtypes),
-        tuple(specs.typed(x.shape) for x in made.state),
-    )
-    d_outputs, d_last = jax.linear_transpose(call.outputs, *results)(cotangents)
-    left = iter(pull(_backward(call, made, specs, d_outputs, d_last)))
+    left = iter(pull(_backward(call, Operands(*made, flags), *call.cotangents(*cotangents))))
     return tuple(next(left) if own else None for own in places)
 
 
@@ -138,9 +133,10 @@ def _forward(call: Call, operands: Operands, keep_states: bool) -> tuple[tuple, 
     )
 
 
-def _backward(call: Call, operands: Operands, specs: Specs, d_outputs: tuple, d_last: tuple):
+def _backward(call: Call, operands: Operands, d_outputs: tuple, d_last: tuple) -> tuple:
     """The cotangents of rows, columns, constants and state."""
     kept, _ = _forward(call, operands, keep_states=True)
+    specs = Specs(operands, call.plan, reverse=True)
     scratch = {
         "columns": [specs.spread(x) for x in operands.columns],
         "rows": [specs.widened(x) for x in operands.rows],
@@ -280,13 +276,13 @@ def _each_step(plan: Plan, one: Callable, carry: Any, reverse: bool = False) -> 
     """carry = one(t, carry) for all steps of a block."""
 
     def some(i, carry):
-        i = plan.steps // SUBLANES - 1 - i if reverse else i
-        first = pl.multiple_of(i * SUBLANES, SUBLANES)
-        for k in reversed(range(SUBLANES)) if reverse else range(SUBLANES):
+        i = plan.steps // UNROLL - 1 - i if reverse else i
+        first = pl.multiple_of(i * UNROLL, UNROLL)
+        for k in reversed(range(UNROLL)) if reverse else range(UNROLL):
             carry = one(first + k, carry)
         return carry
 
-    return jax.lax.fori_loop(0, plan.steps // SUBLANES, some, carry)
+    return jax.lax.fori_loop(0, plan.steps // UNROLL, some, carry)
 
 
 def _float32(refs, scratch) -> tuple:
@@ -328,11 +324,16 @@ def _spread_lanes(ref, own) -> None:
     values = ref[0, 0, 0]
     lane = jax.lax.broadcasted_iota(jnp.int32, values.shape, 1)
 
-    def one(t, _):
-        column = jnp.sum(jnp.where(lane == t, values, 0), axis=1, keepdims=True)
-        own[t] = jnp.broadcast_to(column, own.shape[1:])
+    def some(i, _):
+        first = i * SUBLANES
+        columns = (
+            jnp.sum(jnp.where(lane == first + k, values, 0), axis=1, keepdims=True)
+            for k in range(SUBLANES)
+        )
+        spread = [jnp.broadcast_to(x, own.shape[1:]) for x in columns]
+        own[pl.ds(first, SUBLANES)] = jnp.stack(spread)
 
-    jax.lax.fori_loop(0, own.shape[0], one, None)
+    jax.lax.fori_loop(0, own.shape[0] // SUBLANES, some, None)
 
 
 def _add_up_lanes(own, ref) -> None:
@@ -340,7 +341,12 @@ def _add_up_lanes(own, ref) -> None:
     shape = ref.shape[3:]
     lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
 
-    def one(t, found):
-        return jnp.where(lane == t, jnp.sum(own[t], axis=1, keepdims=True), found)
+    def some(i, found):
+        first = i * SUBLANES
+        sums = jnp.sum(own[pl.ds(first, SUBLANES)], axis=2, keepdims=True)
+        for k in range(SUBLANES):
+            found = jnp.where(lane == first + k, sums[k], found)
+        return found
 
-    ref[0, 0, 0] = jax.lax.fori_loop(0, own.shape[0], one, jnp.zeros(shape, ref.dtype))
+    columns = jax.lax.fori_loop(0, own.shape[0] // SUBLANES, some, jnp.zeros(shape, ref.dtype))
+    ref[0, 0, 0] = columns

@@ -1,4 +1,4 @@
-"""How the arrays of an elementwise recurrence are cut for its TPU kernels: see `mosaic_tpu_scan`."""
+"""How arrays of an elementwise recurrence are cut for its TPU kernels: see `mosaic_tpu_scan`."""
 
 import math
 from typing import NamedTuple
@@ -66,16 +66,21 @@ def padded(x: jax.Array, axis: int, multiple: int) -> jax.Array:
     return jnp.pad(x, [(0, missing if i == axis % x.ndim else 0) for i in range(x.ndim)])
 
 
+def row_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """Of rows inside a kernel: a TPU does not load float16."""
+    return jnp.dtype(jnp.float32 if dtype == jnp.float16 else dtype)
+
+
 def to_rows(x: jax.Array, plan: Plan) -> jax.Array:
     """[B, T, C] with zeros up to whole blocks of time, and of channels within each group."""
-    batch, _, channels = x.shape
-    x = padded(x, 1, plan.steps)
+    channels = x.shape[2]
+    x = padded(x.astype(row_dtype(x.dtype)), 1, plan.steps)
     x = padded(x.reshape(*x.shape[:2], plan.groups, channels // plan.groups), 3, plan.lanes)
     return x.reshape(*x.shape[:2], -1)
 
 
 def from_rows(x: jax.Array, plan: Plan, time: int, channels: int) -> jax.Array:
-    """The inverse."""
+    """The inverse, but for the dtype."""
     x = x[:, :time].reshape(x.shape[0], time, plan.groups, -1)
     return x[..., : channels // plan.groups].reshape(x.shape[0], time, channels)
 

@@ -1,0 +1,297 @@
+"""`linear_scan`: its forms against the equation, at the sizes and values that break them."""
+
+import dataclasses
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from memseq.pallas_kernels.common import mosaic_tpu_scan
+from memseq.pallas_kernels.linear_scan import linear_scan
+from memseq.pallas_kernels.linear_scan.shapes import SHAPES, example
+from tests.pallas_kernels import oracles_scan
+from tests.pallas_kernels.harness import (
+    assert_close,
+    assert_same,
+    check_16_bit,
+    check_agreement,
+    check_kernel,
+    cotangents_like,
+    hard_decay,
+    interpreted,
+    packed_ids,
+    with_gradients,
+)
+
+
+def by_parts(function, x, log_decay, *, x_imag=None, state_imag=None, **options):
+    """The operation with every complex array as two real ones, in and out.
+
+    Comparisons and cotangents are then of real numbers only, and the imaginary parts count as much.
+    """
+    if x_imag is not None:
+        x = x + 1j * x_imag
+    if state_imag is not None:
+        options["initial_state"] = options["initial_state"] + 1j * state_imag
+    outputs = function(x, log_decay, **options)
+    xp = np if isinstance(outputs[0], np.ndarray) else jnp
+    return [part for y in outputs for part in ((y.real, y.imag) if xp.iscomplexobj(y) else (y,))]
+
+
+def operation(**inputs):
+    return by_parts(linear_scan, **inputs)
+
+
+def oracle(**inputs):
+    return by_parts(oracles_scan.linear_scan, **inputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """decay, sign, phase: "fixed" ([channels]), "step" ([batch, time, channels]) or None."""
+
+    time: int
+    decay: str = "step"
+    sign: str | None = None
+    phase: str | None = None
+    complex_x: bool = False
+    longest: int | None = None
+    batch: int = 2
+    channels: int = 5
+    chunk_size: int | None = None
+
+    def build(self, seed=0):
+        rng = np.random.default_rng(seed)
+        by_step = (self.batch, self.time, self.channels)
+        shape = {"fixed": (self.channels,), "step": by_step}
+        inputs = {
+            "x": rng.normal(size=by_step),
+            "log_decay": hard_decay(rng, shape[self.decay]),
+            "initial_state": rng.normal(size=(self.batch, self.channels)),
+        }
+        if self.sign is not None:
+            # -1, 0 and 1 among others
+            inputs["sign"] = rng.uniform(-2, 2, size=shape[self.sign]).clip(-1, 1).round(1)
+        if self.phase is not None:
+            inputs["phase"] = rng.uniform(-7, 7, size=shape[self.phase])
+        if self.complex_x:
+            inputs["x_imag"] = rng.normal(size=by_step)
+            inputs["state_imag"] = rng.normal(size=(self.batch, self.channels))
+        options = {"chunk_size": self.chunk_size}
+        if self.longest is not None:
+            options["segment_ids"] = packed_ids(rng, self.batch, self.time, self.longest)
+        return inputs, options, rng
+
+
+CASES = {
+    "one step": Case(1, phase="step"),
+    "two steps, all fixed": Case(2, "fixed", "fixed", "fixed"),
+    "a step short of a chunk": Case(63, sign="step", chunk_size=64),
+    "one chunk, fixed, segments": Case(
+        64, "fixed", phase="fixed", longest=30, batch=3, chunk_size=64
+    ),
+    "as a CPU takes it": Case(64, longest=30, batch=3),
+    "a step more, short segments": Case(65, sign="fixed", longest=3, batch=3, chunk_size=64),
+    "odd length, everything": Case(
+        97, "step", "step", "step", True, longest=40, batch=3, chunk_size=16
+    ),
+    "complex x alone": Case(40, "fixed", complex_x=True, longest=40, batch=3, chunk_size=8),
+}  # fmt: skip
+GATES = [None, "fixed", "step"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forms_agree(name):
+    inputs, options, rng = CASES[name].build()
+    check_agreement(operation, oracle, inputs, options, rng)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("time", [1, 2, 63, 64, 65, 97, 500])
+@pytest.mark.parametrize("decay", GATES[1:])
+@pytest.mark.parametrize("sign", GATES)
+@pytest.mark.parametrize("phase", GATES)
+@pytest.mark.parametrize("longest", [None, 40])
+def test_forms_agree_everywhere(time, decay, sign, phase, longest):
+    chunk = None if decay == sign else 16
+    case = Case(time, decay, sign, phase, time % 2 == 0, longest, batch=3, chunk_size=chunk)
+    inputs, options, rng = case.build(time)
+    check_agreement(operation, oracle, inputs, options, rng)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 16])
+def test_16_bit_inputs(chunk_size):
+    case = Case(97, "fixed", "step", longest=40, batch=3, chunk_size=chunk_size)
+    inputs, options, rng = case.build()
+    check_16_bit(operation, inputs, options, rng)
+
+
+# Blocks of 16 steps: several of them, and one that is not full.
+KERNEL_CASES = {
+    "hard gates of a step": Case(16, batch=2, chunk_size=16),
+    "everything, short segments": Case(
+        18, "step", "step", "step", True, longest=3, batch=1, chunk_size=16
+    ),
+    "fixed gates, two blocks of channels": Case(
+        17, "fixed", "fixed", "fixed", batch=1, channels=1200, chunk_size=16
+    ),
+    "complex x alone": Case(16, "fixed", complex_x=True, batch=1, chunk_size=16),
+}  # fmt: skip
+
+
+@pytest.fixture
+def short_loops():
+    """Kernels whose loops take two steps at a time: a fraction of the program to interpret."""
+    with mock.patch.object(mosaic_tpu_scan, "UNROLL", 2):
+        yield
+
+
+@pytest.mark.usefixtures("short_loops")
+@pytest.mark.parametrize("name", KERNEL_CASES)
+def test_tpu_kernels(name):
+    check_kernel(operation, *KERNEL_CASES[name].build())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("time", [1, 2, 65, 97])
+@pytest.mark.parametrize("decay", GATES[1:])
+@pytest.mark.parametrize("sign", GATES)
+@pytest.mark.parametrize("phase", GATES)
+def test_tpu_kernels_everywhere(time, decay, sign, phase):
+    case = Case(
+        time, decay, sign, phase, time == 2, 9 if time % 2 else None, batch=2, chunk_size=64
+    )
+    check_kernel(operation, *case.build(time))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk_size", [None, 64])
+def test_tpu_kernels_on_long_rows(chunk_size):
+    case = Case(500, phase="fixed", longest=80, batch=1, chunk_size=chunk_size)
+    check_kernel(operation, *case.build())
+
+
+@pytest.mark.usefixtures("short_loops")
+def test_tpu_kernels_with_16_bit_inputs():
+    """Nothing is lost but the rounding of what is returned; gates may be narrow too."""
+    inputs, options, rng = Case(17, longest=20, batch=1, chunk_size=16).build()
+    narrow = {k: jnp.asarray(x, jnp.bfloat16) for k, x in inputs.items()}
+    wide = {k: np.asarray(x, np.float64) for k, x in narrow.items()}
+
+    def call(form):
+        return with_gradients(lambda x: linear_scan(**x, **options, implementation=form))
+
+    cotangents = cotangents_like(rng, oracles_scan.linear_scan(**inputs))
+    cotangents = jax.tree.map(lambda c: jnp.asarray(c, jnp.bfloat16), cotangents)
+    with jax.enable_x64(True):
+        exact = jax.jit(call("reference"))(wide, cotangents)
+    with interpreted():
+        found = jax.jit(call("mosaic_tpu"))(narrow, cotangents)
+    assert [x.dtype for x in found[0]] == [jnp.bfloat16, jnp.float32]
+    assert all(x.dtype == jnp.bfloat16 for x in found[1].values())
+    assert_close(found, exact, 2**-8)
+
+
+@pytest.mark.usefixtures("short_loops")
+@pytest.mark.parametrize(
+    "form", ["reference", "chunked", pytest.param("mosaic_tpu", marks=pytest.mark.slow)]
+)
+def test_the_future_changes_nothing_and_runs_repeat(form):
+    inputs, options, rng = Case(17, sign="step", longest=9, batch=1, chunk_size=8).build()
+    inputs = {k: x.astype(np.float32) for k, x in inputs.items()}
+    now = 11
+    later = {
+        k: np.concatenate([x[:, :now], 0.5 * x[:, now:]], axis=1) if x.ndim == 3 else x
+        for k, x in inputs.items()
+    }
+    cotangents = cotangents_like(rng, oracle(**inputs, segment_ids=options["segment_ids"]))
+    cotangents[0][:, now:] = 0
+    cotangents[1][:] = 0
+    run = jax.jit(with_gradients(lambda x: operation(**x, **options, implementation=form)))
+    with interpreted(form):
+        first, again, other = (run(x, cotangents) for x in (inputs, inputs, later))
+    assert_same(again, first)
+    out, changed = first[0][0], other[0][0]
+    assert (np.asarray(out) != np.asarray(changed)).any()
+    assert_same(changed[:, :now], out[:, :now])
+    assert_same(other[1], first[1])
+
+
+def test_a_small_step_beside_a_large_one_keeps_its_digits():
+    """Sums of log decays of -20 have none left for the -1e-3 of a later step; products do."""
+    log_decay = np.full((1, 64, 1), -1e-3)
+    log_decay[:, :60] = -20.0
+    x = np.ones((1, 64, 1), np.float32)
+    exact, _ = oracles_scan.linear_scan(x, log_decay)
+    for form in ("reference", "chunked"):
+        options = {"implementation": form, "chunk_size": 64}
+        call = jax.jit(lambda x, g, o=options: linear_scan(x, g, **o)[0])
+        np.testing.assert_allclose(call(x, log_decay.astype(np.float32)), exact, rtol=3e-7)
+
+
+def test_an_oscillator_is_a_cosine():
+    """x an impulse, no decay: Re h_t = cos(phase t)."""
+    x = np.zeros((1, 100, 3), np.float32)
+    x[:, 0] = 1
+    phase = np.float32([0.1, 1.0, np.pi])
+    out, state = jax.jit(linear_scan)(x, np.zeros(3, np.float32), phase=phase)
+    assert out.dtype == state.dtype == jnp.complex64
+    angle = np.arange(100)[:, None] * phase.astype(np.float64)
+    np.testing.assert_allclose(out[0], np.exp(1j * angle), atol=2e-5)
+
+
+BAD = {
+    "x: expected [batch, time, channels] = [any, any, any], got shape [2, 5]": {
+        "x": np.zeros((2, 5), np.float32)
+    },
+    "x: expected a floating-point array, got dtype int32": {"x": np.zeros((2, 5, 4), np.int32)},
+    "log_decay: expected a floating-point array, got dtype complex64": {
+        "log_decay": np.zeros(4, np.complex64)
+    },
+    "log_decay: expected an array, got NoneType": {"log_decay": None},
+    "log_decay: expected [channels] = [4] or [batch, time, channels] = [2, 5, 4], got shape [5, 4]":
+        {"log_decay": np.zeros((5, 4))},
+    "sign: expected [channels] = [4]": {"sign": np.zeros((2, 5, 1))},
+    "phase: expected [channels] = [4]": {"phase": np.zeros(3)},
+    "initial_state: expected [batch, channels] = [2, 4], got shape [2, 3]": {
+        "initial_state": np.zeros((2, 3))
+    },
+    "initial_state: expected a real array, as x is real and there is no phase, got dtype complex64":
+        {"initial_state": np.zeros((2, 4), np.complex64)},
+    "segment_ids: expected int32 [batch, time], got float32": {
+        "segment_ids": np.zeros((2, 5), np.float32)
+    },
+    "chunk_size: expected an integer of at least 1 or None, got 0": {"chunk_size": 0},
+    "implementation: expected one of": {"implementation": "parallel"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", BAD, ids=[m.partition(":")[0] for m in BAD])
+def test_bad_input(message):
+    good = {"x": np.zeros((2, 5, 4), np.float32), "log_decay": np.zeros(4, np.float32)}
+    with pytest.raises(ValueError) as error:
+        linear_scan(**good | BAD[message])
+    assert str(error.value).startswith(message)
+
+
+def test_kernels_say_that_they_are_float32():
+    x = np.zeros((2, 20, 4))
+    with jax.enable_x64(True), pytest.raises(ValueError) as error:
+        linear_scan(x, x, phase=x, implementation="mosaic_tpu")
+    assert str(error.value) == (
+        "implementation: 'mosaic_tpu' of linear_scan cannot run: "
+        "the kernels compute in float32, the state of these inputs is complex128"
+    )
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_named_shapes(name):
+    shape = SHAPES[name]
+    arrays = jax.eval_shape(lambda: example(shape, jax.random.key(0), jnp.bfloat16))
+    out, state = jax.eval_shape(lambda arrays: linear_scan(**arrays), arrays)
+    assert out.shape == (shape.batch, shape.time, shape.channels)
+    assert out.dtype == (jnp.complex64 if shape.turns else jnp.bfloat16)
+    assert state.shape == (shape.batch, shape.channels)
+    assert state.dtype == (jnp.complex64 if shape.turns else jnp.float32)
