@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memseq.pallas_kernels.common import mosaic_tpu_scan
+from memseq.pallas_kernels.common.mosaic_tpu import scan as mosaic_tpu_scan
 from memseq.pallas_kernels.linear_scan import linear_scan
 from memseq.pallas_kernels.linear_scan.shapes import SHAPES, example
 from tests.pallas_kernels import oracles_scan

@@ -3,7 +3,7 @@
 A sequence of the kernels is one row of the batch with as many channels as fit, and its memory the
 inputs before a chunk, so that a chunk's window is that memory and the chunk. Padding inside a row
 is moved out of the way and the last state is taken outside, by XLA, as in the `chunked` form.
-`common.mosaic_tpu` makes the forward and the backward kernel of the chunk's function.
+`common.mosaic_tpu.recurrence` makes the forward and the backward kernel of the chunk's function.
 """
 
 import functools
@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from memseq.pallas_kernels.causal_conv.activations import ACTIVATIONS
-from memseq.pallas_kernels.common import mosaic_tpu as tpu
-from memseq.pallas_kernels.common import mosaic_tpu_blocks as blocks
 from memseq.pallas_kernels.common.dispatch import KernelForm
+from memseq.pallas_kernels.common.mosaic_tpu import blocks, recurrence
 from memseq.pallas_kernels.common.segments import hide_padding
 
 NAME = "causal_conv"
@@ -43,7 +42,7 @@ def forward(x, kernel, bias, initial_state, valid, index, *, activation):
     x = rows.to_front(x)
     operands = rows.operands(x, kernel, bias, initial_state)
     out = jax.ShapeDtypeStruct(operands.steps[0].shape, x.dtype)
-    (y,), _ = tpu.forward(step, operands, (out,), rows.plan, name=NAME)
+    (y,), _ = recurrence.forward(step, operands, (out,), rows.plan, name=NAME)
     return rows.from_front(rows.from_sequences(y)), rows.last(x, initial_state)
 
 
@@ -62,10 +61,10 @@ def backward(arrays, cotangents, *, activation):
     made, pull, shared = jax.vjp(differentiable, x, kernel, bias, initial_state, has_aux=True)
     if valid is not None:
         d_y = hide_padding(d_y, valid)
-    operands = tpu.Operands(*made, (), shared)
+    operands = recurrence.Operands(*made, (), shared)
     after = jnp.zeros_like(operands.state)  # `last` does not read the memory of the kernels
     d_y = rows.to_sequences(rows.to_front(d_y))
-    found = tpu.backward(step, operands, ((d_y,), after), rows.plan, name=NAME)
+    found = recurrence.backward(step, operands, ((d_y,), after), rows.plan, name=NAME)
     d_x, d_kernel, d_bias, d_state = pull(found)
     d_x, d_state = rows.add_last(d_last, d_x, d_state)
     return rows.from_front(d_x), d_kernel, d_bias, d_state, None, None
@@ -146,7 +145,7 @@ class _Rows:
         own = _take(self.source, places) == self.index[:, -1:]
         return own, jnp.minimum(places, tail), jnp.where(places < tail, self.time, places - tail)
 
-    def operands(self, x, kernel, bias, initial_state) -> tpu.Operands:
+    def operands(self, x, kernel, bias, initial_state) -> recurrence.Operands:
         """x as `to_front` gives it."""
         before = initial_state.astype(jnp.float32)
         before = jnp.pad(before, ((0, 0), (self.tail - before.shape[1], 0), (0, 0)))
@@ -154,7 +153,9 @@ class _Rows:
         weights = jnp.broadcast_to(weights, (self.batch, *weights.shape))
         shared = None if self.valid is None or self.width == 1 else self._reach()
         steps = (self.to_sequences(x),)
-        return tpu.Operands(steps, (), (self._split(weights),), self._split(before), (), shared)
+        return recurrence.Operands(
+            steps, (), (self._split(weights),), self._split(before), (), shared
+        )
 
     def to_sequences(self, x: jax.Array) -> jax.Array:
         """[batch, time, channels] -> [batch x parts, padded time, lanes]."""
@@ -181,7 +182,7 @@ class _Rows:
         return reach.reshape(self.batch, -1, 1, self.plan.chunk)
 
     def _missing(self) -> int:
-        return tpu.padded_time(self.time, self.plan) - self.time
+        return recurrence.padded_time(self.time, self.plan) - self.time
 
 
 def _take(x: jax.Array, places: jax.Array) -> jax.Array:
@@ -191,17 +192,17 @@ def _take(x: jax.Array, places: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x, places, axis=1, mode="clip")
 
 
-def _plan(time: int, lanes: int, width: int) -> tpu.Plan:
+def _plan(time: int, lanes: int, width: int) -> recurrence.Plan:
     def power_of_two(n):  # the next one, so that usual lengths are whole grid steps
         return 1 << (n - 1).bit_length()
 
     chunk = min(128, power_of_two(WORK // (lanes * max(width, 4))), power_of_two(time))
     chunk = max(ROWS, chunk)
     chunks = min(power_of_two(BLOCK_SIZE // (chunk * lanes)), power_of_two(-(-time // chunk)))
-    return tpu.Plan(chunk, chunks, 1)
+    return recurrence.Plan(chunk, chunks, 1)
 
 
-def _step(chunk: tpu.Chunk, state, *, width, activation):
+def _step(chunk: recurrence.Chunk, state, *, width, activation):
     (x,), (weights,) = chunk.steps, chunk.constants
     window = jnp.concatenate([state, x.astype(jnp.float32)], axis=1)
     length, tail = x.shape[1], state.shape[1]

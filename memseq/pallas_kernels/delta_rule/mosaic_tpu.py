@@ -1,15 +1,14 @@
 """TPU kernels of `delta_rule`.
 
 The chunk's function is that of the `chunked` form with the memory kept transposed,
-[value_dim, key_dim]. `common.mosaic_tpu` makes the forward and the backward kernel of it.
+[value_dim, key_dim]. `common.mosaic_tpu.recurrence` makes the forward and the backward kernel.
 """
 
 import functools
 
-from memseq.pallas_kernels.common import mosaic_tpu as tpu
-from memseq.pallas_kernels.common import mosaic_tpu_blocks as blocks
-from memseq.pallas_kernels.common import mosaic_tpu_heads as heads_of
 from memseq.pallas_kernels.common.dispatch import KernelForm
+from memseq.pallas_kernels.common.mosaic_tpu import blocks, recurrence
+from memseq.pallas_kernels.common.mosaic_tpu import heads as heads_of
 
 NAME = "delta_rule"
 CHUNK = 64  # the inverse grows with the chunk's square
@@ -50,7 +49,7 @@ def _call(arrays, scale, erase, chunk_size) -> heads_of.Call:
     return heads_of.Call(NAME, step, make, plan, value)
 
 
-def _operands(arrays, *, plan, undecayed) -> tpu.Operands:
+def _operands(arrays, *, plan, undecayed) -> recurrence.Operands:
     query, key, value, beta, log_decay, erase_key, state, index = arrays
     rows, fixed = [heads_of.to_rows(beta, plan)], []
     shared = heads_of.shared(index, plan)
@@ -65,7 +64,7 @@ def _operands(arrays, *, plan, undecayed) -> tpu.Operands:
             coarse, fine = blocks.split_sums(by_chunk, shared, exclusive)
             rows.append(fine)
             fixed.append(coarse)
-    return tpu.Operands(
+    return recurrence.Operands(
         tuple(heads_of.to_sequences(x, plan) for x in steps),
         tuple(rows),
         (),
@@ -75,7 +74,7 @@ def _operands(arrays, *, plan, undecayed) -> tpu.Operands:
     )
 
 
-def _step(chunk: tpu.Chunk, state, *, scale, passes, decay, undecayed, erases):
+def _step(chunk: recurrence.Chunk, state, *, scale, passes, decay, undecayed, erases):
     query, key, value, *others = chunk.steps
     erase = others[0] if erases else key
     size = query.shape[1]

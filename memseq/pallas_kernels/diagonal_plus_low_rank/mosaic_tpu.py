@@ -3,7 +3,7 @@
 The chunk's function is that of the `chunked` form with the memory kept transposed,
 [value_dim, key_dim], and with `b` and the key side by side: a step writes what `a` found under one
 and the value under the other, so each product is taken with both at once, twice as wide.
-`common.mosaic_tpu` makes the forward and the backward kernel of it.
+`common.mosaic_tpu.recurrence` makes the forward and the backward kernel of it.
 """
 
 import functools
@@ -11,10 +11,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from memseq.pallas_kernels.common import mosaic_tpu as tpu
-from memseq.pallas_kernels.common import mosaic_tpu_blocks as blocks
-from memseq.pallas_kernels.common import mosaic_tpu_heads as heads_of
 from memseq.pallas_kernels.common.dispatch import KernelForm
+from memseq.pallas_kernels.common.mosaic_tpu import blocks, recurrence
+from memseq.pallas_kernels.common.mosaic_tpu import heads as heads_of
 
 NAME = "diagonal_plus_low_rank"
 CHUNK = 32  # fewest cycles a step on v5e and v6e, and half the time to compile that 64 takes
@@ -45,9 +44,9 @@ def _call(arrays, scale, chunk_size) -> heads_of.Call:
     return heads_of.Call(NAME, step, functools.partial(_operands, plan=plan), plan, value)
 
 
-def _operands(arrays, *, plan) -> tpu.Operands:
+def _operands(arrays, *, plan) -> recurrence.Operands:
     *steps, state, index = arrays
-    return tpu.Operands(
+    return recurrence.Operands(
         tuple(heads_of.to_sequences(x, plan) for x in steps),
         (),
         (),
@@ -57,7 +56,7 @@ def _operands(arrays, *, plan) -> tpu.Operands:
     )
 
 
-def _step(chunk: tpu.Chunk, state, *, scale, passes):
+def _step(chunk: recurrence.Chunk, state, *, scale, passes):
     query, key, value, a, b, log_decay = chunk.steps
     size = query.shape[1]
     masks = blocks.masks(chunk.shared, size)

@@ -1,18 +1,17 @@
 """TPU kernels of `linear_attention`.
 
 The chunk's function is that of the `chunked` form with the memory kept transposed,
-[value_dim, key_dim], so that a decay of key channels runs along the lanes. `common.mosaic_tpu`
-makes the forward and the backward kernel of it.
+[value_dim, key_dim], so that a decay of key channels runs along the lanes.
+`common.mosaic_tpu.recurrence` makes the forward and the backward kernel of it.
 """
 
 import functools
 
 import jax.numpy as jnp
 
-from memseq.pallas_kernels.common import mosaic_tpu as tpu
-from memseq.pallas_kernels.common import mosaic_tpu_blocks as blocks
-from memseq.pallas_kernels.common import mosaic_tpu_heads as heads_of
 from memseq.pallas_kernels.common.dispatch import KernelForm
+from memseq.pallas_kernels.common.mosaic_tpu import blocks, recurrence
+from memseq.pallas_kernels.common.mosaic_tpu import heads as heads_of
 
 NAME = "linear_attention"
 
@@ -51,7 +50,7 @@ def _call(arrays, scale, chunk_size) -> heads_of.Call:
     return heads_of.Call(NAME, step, functools.partial(_operands, plan=plan), plan, value)
 
 
-def _operands(arrays, *, plan) -> tpu.Operands:
+def _operands(arrays, *, plan) -> recurrence.Operands:
     query, key, value, log_decay, value_log_decay, bonus, state, index = arrays
     steps = [heads_of.to_sequences(x, plan) for x in (query, key, value)]
     rows, fixed = [], []
@@ -70,7 +69,7 @@ def _operands(arrays, *, plan) -> tpu.Operands:
     if bonus is not None:
         batch = query.shape[0]
         constants = (jnp.broadcast_to(bonus, (batch, *bonus.shape)).reshape(-1, 1, bonus.shape[1]),)
-    return tpu.Operands(
+    return recurrence.Operands(
         tuple(steps),
         tuple(rows),
         constants,
@@ -80,7 +79,7 @@ def _operands(arrays, *, plan) -> tpu.Operands:
     )
 
 
-def _step(chunk: tpu.Chunk, state, *, scale, passes, decay, value_decay, exclusive):
+def _step(chunk: recurrence.Chunk, state, *, scale, passes, decay, value_decay, exclusive):
     query, key, value, *gates = chunk.steps
     size = query.shape[1]
     masks = blocks.masks(chunk.shared, size)

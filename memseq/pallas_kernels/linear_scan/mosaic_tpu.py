@@ -10,9 +10,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from memseq.pallas_kernels.common import mosaic_tpu_scan as scan
-from memseq.pallas_kernels.common import mosaic_tpu_scan_blocks as blocks
 from memseq.pallas_kernels.common.dispatch import KernelForm
+from memseq.pallas_kernels.common.mosaic_tpu import scan
+from memseq.pallas_kernels.common.mosaic_tpu import scan_blocks as blocks
 from memseq.pallas_kernels.common.segments import restarts
 from memseq.pallas_kernels.linear_scan.gates import out_dtype, transition
 

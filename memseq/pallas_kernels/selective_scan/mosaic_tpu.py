@@ -8,9 +8,9 @@ import math
 
 import jax.numpy as jnp
 
-from memseq.pallas_kernels.common import mosaic_tpu_scan as scan
-from memseq.pallas_kernels.common import mosaic_tpu_scan_blocks as blocks
 from memseq.pallas_kernels.common.dispatch import KernelForm
+from memseq.pallas_kernels.common.mosaic_tpu import scan
+from memseq.pallas_kernels.common.mosaic_tpu import scan_blocks as blocks
 from memseq.pallas_kernels.common.segments import restarts
 
 NAME = "selective_scan"

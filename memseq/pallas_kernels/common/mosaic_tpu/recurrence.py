@@ -9,7 +9,7 @@ state in VMEM. `backward` first runs it once more to keep the state at every chu
 walks from the last chunk to the first, differentiating `step` where it stands: the derivative is
 traced into the kernel, so that a value and its gradients cannot drift apart. Where the derivative
 that JAX would write is not the one wanted, `step` is built of functions with their own rule
-(`mosaic_tpu_blocks`).
+(`blocks`).
 
 A program takes several sequences (heads of one row of the batch) at once. All arrays have them as
 their first axis, so each operation of `step` is issued for all of them before the next begins:

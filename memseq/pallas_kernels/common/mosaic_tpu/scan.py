@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from memseq.pallas_kernels.common.mosaic_tpu_scan_blocks import (
+from memseq.pallas_kernels.common.mosaic_tpu.scan_blocks import (
     LANES,
     SUBLANES,
     Operands,

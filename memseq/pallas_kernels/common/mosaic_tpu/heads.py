@@ -10,8 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from memseq.pallas_kernels.common import mosaic_tpu as tpu
-from memseq.pallas_kernels.common import mosaic_tpu_blocks as blocks
+from memseq.pallas_kernels.common.mosaic_tpu import blocks, recurrence
 
 LANES = 128
 LARGEST = {"key_dim": 256, "value_dim": 512}  # whose state and chunks fit the vector memory
@@ -21,9 +20,9 @@ class Call(NamedTuple):
     """One call of an operation: how to make its operands, and its chunk's function."""
 
     name: str
-    step: tpu.Step
-    operands: Callable[[tuple], tpu.Operands]
-    plan: tpu.Plan
+    step: recurrence.Step
+    operands: Callable[[tuple], recurrence.Operands]
+    plan: recurrence.Plan
     value: jax.Array
 
 
@@ -38,7 +37,7 @@ def limit(query: jax.Array, value: jax.Array, state: jax.Array) -> str | None:
     return None
 
 
-def plan(query: jax.Array, value: jax.Array, chunk_size: int | None, most: int) -> tpu.Plan:
+def plan(query: jax.Array, value: jax.Array, chunk_size: int | None, most: int) -> recurrence.Plan:
     """Chunks of up to `most` steps, as many heads and chunks at once as the vector memory holds.
 
     Eight heads: one after another, the matrix unit would wait for each one's chain of products.
@@ -52,8 +51,8 @@ def plan(query: jax.Array, value: jax.Array, chunk_size: int | None, most: int) 
     all_chunks = -(-time // chunk)
     most_chunks = max(1, 16 // (bytes_each * registers))
     grid_steps = -(-all_chunks // most_chunks)
-    at_once = tpu.largest_divisor(heads, max(1, 8 // registers))
-    return tpu.Plan(chunk, -(-all_chunks // grid_steps), at_once)
+    at_once = recurrence.largest_divisor(heads, max(1, 8 // registers))
+    return recurrence.Plan(chunk, -(-all_chunks // grid_steps), at_once)
 
 
 def passes(*inputs: jax.Array) -> int:
@@ -73,7 +72,7 @@ def forward(call: Call, arrays: tuple) -> tuple[jax.Array, jax.Array]:
     number, time, _ = operands.steps[0].shape
     shape = (number, time, call.value.shape[3])
     out = jax.ShapeDtypeStruct(shape, kernel_dtype(call.value.dtype))
-    (out,), state = tpu.forward(call.step, operands, (out,), call.plan, name=call.name)
+    (out,), state = recurrence.forward(call.step, operands, (out,), call.plan, name=call.name)
     out = from_sequences(out, call.value.shape).astype(call.value.dtype)
     return out, from_state(state, call.value.shape[0])
 
@@ -91,9 +90,9 @@ def backward(call: Call, arrays: tuple, cotangents: tuple) -> tuple:
     made, pull, (fixed, shared) = jax.vjp(operands, *known, has_aux=True)
     d_out, d_state = cotangents
     d_out = to_sequences(d_out, call.plan)
-    found = tpu.backward(
+    found = recurrence.backward(
         call.step,
-        tpu.Operands(*made, fixed, shared),
+        recurrence.Operands(*made, fixed, shared),
         ((d_out,), to_state(d_state)),
         call.plan,
         name=call.name,
@@ -102,11 +101,11 @@ def backward(call: Call, arrays: tuple, cotangents: tuple) -> tuple:
     return tuple(next(left) if place else None for place in places)
 
 
-def to_sequences(x: jax.Array, plan: tpu.Plan) -> jax.Array:
+def to_sequences(x: jax.Array, plan: recurrence.Plan) -> jax.Array:
     """[batch, time, heads, dim] -> [batch x heads, padded time, dim], in a dtype of the kernels."""
     x = x.astype(kernel_dtype(x.dtype))
     x = jnp.moveaxis(x, 2, 1).reshape(-1, x.shape[1], x.shape[3])
-    return jnp.pad(x, ((0, 0), (0, tpu.padded_time(x.shape[1], plan) - x.shape[1]), (0, 0)))
+    return jnp.pad(x, ((0, 0), (0, recurrence.padded_time(x.shape[1], plan) - x.shape[1]), (0, 0)))
 
 
 def from_sequences(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -115,7 +114,7 @@ def from_sequences(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.moveaxis(x[:, :time].reshape(batch, heads, time, dim), 1, 2)
 
 
-def to_rows(x: jax.Array, plan: tpu.Plan) -> jax.Array:
+def to_rows(x: jax.Array, plan: recurrence.Plan) -> jax.Array:
     """[batch, time, heads] -> float32 [programs, chunks, H, C]."""
     x = to_sequences(x[..., None].astype(jnp.float32), plan)
     return jnp.swapaxes(x.reshape(-1, plan.heads, x.shape[1] // plan.chunk, plan.chunk), 1, 2)
@@ -132,9 +131,9 @@ def from_state(state: jax.Array, batch: int) -> jax.Array:
     return state.reshape(batch, -1, *state.shape[1:])
 
 
-def shared(index: jax.Array | None, plan: tpu.Plan) -> jax.Array | None:
+def shared(index: jax.Array | None, plan: recurrence.Plan) -> jax.Array | None:
     """The rows that masks are made of, from the segment index int32 [batch, time] or None."""
     if index is None:
         return None
-    padding = tpu.padded_time(index.shape[1], plan) - index.shape[1]
+    padding = recurrence.padded_time(index.shape[1], plan) - index.shape[1]
     return blocks.mask_rows(jnp.pad(index, ((0, 0), (0, padding)), mode="edge"), plan.chunk)

@@ -1,4 +1,4 @@
-"""How arrays of an elementwise recurrence are cut for its TPU kernels: see `mosaic_tpu_scan`."""
+"""How arrays of an elementwise recurrence are cut for its TPU kernels: see `scan`."""
 
 import math
 from typing import NamedTuple
