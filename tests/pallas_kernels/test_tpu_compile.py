@@ -101,6 +101,7 @@ CALLS = {
             {"activation": "silu"},
         ),
         (causal_conv, arrays(x=(2, 100, 24), kernel=(3, 24)), {"activation": "gelu"}),
+        (causal_conv, arrays(jnp.float16, x=(2, 50, 24), kernel=(2, 24)), {}),
     ],
     "linear_scan": [
         (

@@ -39,11 +39,13 @@ def forward(x, kernel, bias, initial_state, valid, index, *, activation):
     """As `chunked`."""
     rows = _Rows(x.shape, kernel.shape[0], valid, index)
     step = functools.partial(_step, width=rows.width, activation=activation)
-    x = rows.to_front(x)
+    dtype = x.dtype
+    x = rows.to_front(x.astype(recurrence.kernel_dtype(dtype)))
     operands = rows.operands(x, kernel, bias, initial_state)
     out = jax.ShapeDtypeStruct(operands.steps[0].shape, x.dtype)
     (y,), _ = recurrence.forward(step, operands, (out,), rows.plan, name=NAME)
-    return rows.from_front(rows.from_sequences(y)), rows.last(x, initial_state)
+    y, last = rows.from_front(rows.from_sequences(y)), rows.last(x, initial_state)
+    return y.astype(dtype), last.astype(dtype)
 
 
 def backward(arrays, cotangents, *, activation):
@@ -57,17 +59,18 @@ def backward(arrays, cotangents, *, activation):
         made = rows.operands(*arrays)
         return (made.steps, made.rows, made.constants, made.state), made.shared
 
-    x = rows.to_front(x)
+    dtype = x.dtype
+    x = rows.to_front(x.astype(recurrence.kernel_dtype(dtype)))
     made, pull, shared = jax.vjp(differentiable, x, kernel, bias, initial_state, has_aux=True)
     if valid is not None:
         d_y = hide_padding(d_y, valid)
     operands = recurrence.Operands(*made, (), shared)
     after = jnp.zeros_like(operands.state)  # `last` does not read the memory of the kernels
-    d_y = rows.to_sequences(rows.to_front(d_y))
+    d_y = rows.to_sequences(rows.to_front(d_y.astype(x.dtype)))
     found = recurrence.backward(step, operands, ((d_y,), after), rows.plan, name=NAME)
     d_x, d_kernel, d_bias, d_state = pull(found)
     d_x, d_state = rows.add_last(d_last, d_x, d_state)
-    return rows.from_front(d_x), d_kernel, d_bias, d_state, None, None
+    return rows.from_front(d_x).astype(dtype), d_kernel, d_bias, d_state, None, None
 
 
 MOSAIC_TPU = KernelForm(forward, backward, limit)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from memseq.pallas_kernels.common.dispatch import KernelForm
 from memseq.pallas_kernels.common.mosaic_tpu import scan
 from memseq.pallas_kernels.common.mosaic_tpu import scan_blocks as blocks
+from memseq.pallas_kernels.common.mosaic_tpu.recurrence import kernel_dtype
 from memseq.pallas_kernels.common.segments import restarts
 from memseq.pallas_kernels.linear_scan.gates import out_dtype, transition
 
@@ -50,7 +51,7 @@ def _call(arrays, chunk_size) -> scan.Call:
     changing = [gate is not None and gate.ndim == 3 for gate in (log_decay, sign, phase)]
     parts = 2 if jnp.iscomplexobj(state) else 1
     dtype = out_dtype(x, state.dtype)
-    by_part = jnp.dtype(jnp.float32) if parts == 2 else blocks.row_dtype(dtype)
+    by_part = jnp.dtype(jnp.float32) if parts == 2 else kernel_dtype(dtype)
 
     def outputs(outs, states):
         out = _joined([blocks.from_rows(y, plan, time, channels) for y in outs])

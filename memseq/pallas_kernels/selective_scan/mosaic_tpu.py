@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from memseq.pallas_kernels.common.dispatch import KernelForm
 from memseq.pallas_kernels.common.mosaic_tpu import scan
 from memseq.pallas_kernels.common.mosaic_tpu import scan_blocks as blocks
+from memseq.pallas_kernels.common.mosaic_tpu.recurrence import kernel_dtype
 from memseq.pallas_kernels.common.segments import restarts
 
 NAME = "selective_scan"
@@ -84,7 +85,7 @@ def _call(arrays, chunk_size) -> scan.Call:
     def cotangents(d_y, d_state):
         return (blocks.to_rows(d_y, plan),), (to_state(d_state),)
 
-    return scan.Call(NAME, _step, operands, outputs, cotangents, (blocks.row_dtype(x.dtype),), plan)
+    return scan.Call(NAME, _step, operands, outputs, cotangents, (kernel_dtype(x.dtype),), plan)
 
 
 def _step(rows, columns, constants, state, flag):

@@ -62,16 +62,11 @@ def passes(*inputs: jax.Array) -> int:
     return 3 if any(x.dtype == jnp.float16 for x in inputs) else 1
 
 
-def kernel_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """What an array of this dtype is in a kernel: TPUs know no float16."""
-    return jnp.dtype(jnp.float32 if dtype == jnp.float16 else dtype)
-
-
 def forward(call: Call, arrays: tuple) -> tuple[jax.Array, jax.Array]:
     operands = call.operands(arrays)
     number, time, _ = operands.steps[0].shape
     shape = (number, time, call.value.shape[3])
-    out = jax.ShapeDtypeStruct(shape, kernel_dtype(call.value.dtype))
+    out = jax.ShapeDtypeStruct(shape, recurrence.kernel_dtype(call.value.dtype))
     (out,), state = recurrence.forward(call.step, operands, (out,), call.plan, name=call.name)
     out = from_sequences(out, call.value.shape).astype(call.value.dtype)
     return out, from_state(state, call.value.shape[0])
@@ -103,7 +98,7 @@ def backward(call: Call, arrays: tuple, cotangents: tuple) -> tuple:
 
 def to_sequences(x: jax.Array, plan: recurrence.Plan) -> jax.Array:
     """[batch, time, heads, dim] -> [batch x heads, padded time, dim], in a dtype of the kernels."""
-    x = x.astype(kernel_dtype(x.dtype))
+    x = x.astype(recurrence.kernel_dtype(x.dtype))
     x = jnp.moveaxis(x, 2, 1).reshape(-1, x.shape[1], x.shape[3])
     return jnp.pad(x, ((0, 0), (0, recurrence.padded_time(x.shape[1], plan) - x.shape[1]), (0, 0)))
 

@@ -322,3 +322,8 @@ def padded_time(time: int, plan: Plan) -> int:
     """`time` rounded up to whole grid steps."""
     block = plan.chunk * plan.chunks
     return math.ceil(time / block) * block
+
+
+def kernel_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """What an array of this dtype is in a kernel: TPUs know no float16."""
+    return jnp.dtype(jnp.float32 if dtype == jnp.float16 else dtype)

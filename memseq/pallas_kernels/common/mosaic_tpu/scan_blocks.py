@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from memseq.pallas_kernels.common.mosaic_tpu.recurrence import kernel_dtype
+
 LANES = 128
 SUBLANES = 8
 KEEP, RESTART, PADDING = range(3)  # what a flag says: go on, empty the memory first, do nothing
@@ -66,15 +68,10 @@ def padded(x: jax.Array, axis: int, multiple: int) -> jax.Array:
     return jnp.pad(x, [(0, missing if i == axis % x.ndim else 0) for i in range(x.ndim)])
 
 
-def row_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """Of rows inside a kernel: a TPU does not load float16."""
-    return jnp.dtype(jnp.float32 if dtype == jnp.float16 else dtype)
-
-
 def to_rows(x: jax.Array, plan: Plan) -> jax.Array:
     """[B, T, C] with zeros up to whole blocks of time, and of channels within each group."""
     channels = x.shape[2]
-    x = padded(x.astype(row_dtype(x.dtype)), 1, plan.steps)
+    x = padded(x.astype(kernel_dtype(x.dtype)), 1, plan.steps)
     x = padded(x.reshape(*x.shape[:2], plan.groups, channels // plan.groups), 3, plan.lanes)
     return x.reshape(*x.shape[:2], -1)
 
