@@ -43,14 +43,15 @@ class Rule:
 # The first match wins. No weight decay on:
 # - embeddings: a row's gradient is sparse, so decay would erase rare tokens between occurrences;
 # - convolution taps: a handful of numbers a channel, which act as a gain like a norm's scale;
-# - norm scales, biases, decay rates and other vectors: they have a meaning of their own at zero.
+# - norm scales, biases, decay rates and other vectors: they have a meaning of their own at zero;
+# - feature maps of a head, which start as the identity.
 RULES = (
     Rule(r"embed(ding)?s?/embedding", ("tensor", "fsdp")),
     Rule(r"\w*conv\w*/kernel", (None, "tensor")),
     Rule(r"(out|output|down)/kernel", ("tensor", "fsdp"), True, True),
     Rule(r"head/kernel", ("fsdp", "tensor"), True),  # Adam: rows of rare classes see few gradients
     Rule(r"\w+/kernel", ("fsdp", "tensor"), True, True),
-    Rule(r"scale|bias|\w+_bias|A_log|D|sinks|\w*decay\w*|\w*initial\w*", ()),
+    Rule(r"scale|bias|\w+_bias|A_log|D|sinks|\w*decay\w*|\w*initial\w*|\w+_map/\w+_kernel", ()),
 )
 
 

@@ -16,7 +16,7 @@ from memseq.layers.delta_rule.kimi_delta_attention import GatedDeltaNet2, KimiDe
 from memseq.layers.linear_attention.gated_linear_attention import GatedLinearAttention
 from memseq.layers.linear_attention.gated_slot_attention import GatedSlotAttention
 from memseq.layers.linear_attention.hgrn2 import HGRN2
-from memseq.layers.linear_attention.linear_attention import LinearAttention
+from memseq.layers.linear_attention.linear_attention import Based, LinearAttention
 from memseq.layers.linear_attention.retention import LightningAttention, Retention
 from memseq.layers.linear_attention.simple_gated_linear_attention import (
     SimpleGatedLinearAttention,
@@ -27,6 +27,7 @@ from memseq.layers.state_space.mamba2 import Mamba2
 REGISTRY = {
     "softmax_attention": SoftmaxAttention,
     "linear_attention": LinearAttention,
+    "based": Based,
     "gated_linear_attention": GatedLinearAttention,
     "simple_gated_linear_attention": SimpleGatedLinearAttention,
     "hgrn2": HGRN2,
@@ -52,6 +53,7 @@ __all__ = [
     "HGRN2",
     "REGISTRY",
     "SET_LAYERS",
+    "Based",
     "Comba",
     "DeltaNet",
     "DeltaProduct",

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memseq.layers import GatedLinearAttention, LinearAttention
+from memseq.layers import Based, GatedLinearAttention, LinearAttention
+from memseq.layers.linear_attention import feature_maps
 from tests.layers.harness import (
     FEATURES,
     IDS,
@@ -21,10 +22,42 @@ from tests.layers.harness import (
     sigmoid,
 )
 
+
+def dpfp(x):
+    """Every pair of parts at distance 1 to 4, parts being relu(x), relu(-x)."""
+    r = np.concatenate([np.maximum(x, 0), np.maximum(-x, 0)])
+    return np.array([r[i] * r[i - j] for j in range(1, 5) for i in range(len(r))])
+
+
+def taylor(x):
+    d = len(x)
+    return np.concatenate([[1.0], x / d**0.25, np.outer(x, x).ravel() / np.sqrt(2 * d)])
+
+
+def rebased(x, params):
+    norm = params["LayerNorm_0"]
+    x = (x - x.mean()) / np.sqrt(x.var() + 1e-5) * norm["scale"] + norm["bias"]
+    return np.outer(x, x).ravel() / np.sqrt(len(x))
+
+
+def hedgehog(x, params):
+    u = x @ params["map_kernel"]
+    weights = np.exp(np.concatenate([2 * u, -2 * u]))
+    return weights / weights.sum()
+
+
 MAPS = {
-    "elu+1": lambda x: np.where(x > 0, x, np.expm1(np.minimum(x, 0))) + 1,
-    "relu": lambda x: np.maximum(x, 0),
-    "identity": lambda x: x,
+    "elu+1": lambda x, _: np.where(x > 0, x, np.expm1(np.minimum(x, 0))) + 1,
+    "relu": lambda x, _: np.maximum(x, 0),
+    "identity": lambda x, _: x,
+    "dpfp": lambda x, _: dpfp(x),
+    "taylor": lambda x, _: taylor(x),
+    "rebased": rebased,
+    "hedgehog": hedgehog,
+    "t2r": lambda x, params: np.maximum(x @ params["map_kernel"], 0),
+    "elementwise_product": lambda x, params: (
+        (x @ params["first_kernel"]) * (x @ params["second_kernel"])
+    ),
 }
 
 
@@ -32,12 +65,16 @@ def linear_attention(layer, params, x):
     """S += phi(k) v^T, z += phi(k), out = S^T phi(q) / (z . phi(q)); or S^T phi(q) / sqrt(K)."""
     heads, phi = layer.heads, MAPS[layer.feature_map]
     query, key, value = query_key_value(params, x, heads, heads)
+    query, key = (
+        np.array([[phi(u, params.get(name)) for u in step] for step in side])
+        for name, side in (("query_map", query), ("key_map", key))
+    )
     keys, values = key.shape[-1], value.shape[-1]
     memory, total = np.zeros((heads, keys, values)), np.zeros((heads, keys))
     out = np.zeros(value.shape)
     for t in range(len(x)):
         for h in range(heads):
-            q, k = phi(query[t, h]), phi(key[t, h])
+            q, k = query[t, h], key[t, h]
             memory[h] += np.outer(k, value[t, h])
             total[h] += k
             read, norm = memory[h].T @ q, total[h] @ q
@@ -79,12 +116,38 @@ LINEAR = {
         "value_dim": 5,
     },
     "identity": {"feature_map": "identity", "normalize": False, "conv_width": 2, "heads": 1},
+    "dpfp": {"feature_map": "dpfp", "heads": 2, "key_dim": 5},
+    "taylor": {"feature_map": "taylor", "heads": 2, "key_dim": 3, "conv_width": 2},
+    "rebased": {"feature_map": "rebased", "heads": 2, "key_dim": 3},
+    "hedgehog": {"feature_map": "hedgehog"},
+    "t2r": {"feature_map": "t2r", "heads": 2},
+    "elementwise product": {"feature_map": "elementwise_product", "normalize": False},
 }
 
 
 @pytest.mark.parametrize("options", LINEAR.values(), ids=LINEAR)
 def test_linear_attention(options):
     check_transcription(LinearAttention(FEATURES, **options), linear_attention)
+
+
+def test_taylor_features_multiply_to_the_series():
+    query, key = np.random.default_rng(0).normal(size=(2, 50, 16))
+    with jax.enable_x64(True):
+        product = (feature_maps.taylor(query) * feature_maps.taylor(key)).sum(-1)
+    s = (query * key).sum(-1) / 4
+    np.testing.assert_allclose(product, 1 + s + s**2 / 2, rtol=1e-12)
+
+
+def test_learned_maps_start_as_the_identity():
+    params = init(LinearAttention(32, feature_map="hedgehog"))
+    np.testing.assert_array_equal(params["query_map"]["map_kernel"], np.eye(8))
+
+
+def test_based():
+    layer = Based(32)
+    assert layer.init_state(3).memory.shape == (3, 4, 1 + 16 + 256, 9)
+    _, state = jax.eval_shape(layer.init_with_output, jax.random.key(0), jnp.zeros((3, 5, 32)))[0]
+    assert state.memory.shape == (3, 4, 1 + 16 + 256, 9)
 
 
 def test_linear_attention_packed():
@@ -204,7 +267,7 @@ def test_normaliser_is_divided_before_rounding():
         ({"conv_width": -1}, "conv_width: .* got -1"),
         ({"chunk_size": 0}, "chunk_size: .* got 0"),
         ({"implementation": "triton"}, "implementation: .* got 'triton'"),
-        ({"implementation": "mosaic_tpu"}, "implementation: linear_attention has no form"),
+        ({"implementation": "mosaic_gpu"}, "implementation: linear_attention has no form"),
     ],
 )
 def test_bad_options(options, message):

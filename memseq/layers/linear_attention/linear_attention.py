@@ -7,14 +7,9 @@ import jax.numpy as jnp
 
 from memseq.layers.common.base import enter, state_dataclass
 from memseq.layers.common.matrix import MatrixLayer, MatrixState
+from memseq.layers.linear_attention.feature_maps import FEATURE_MAPS
 from memseq.pallas_kernels import linear_attention
 from memseq.pallas_kernels.common.checks import check_choice
-
-FEATURE_MAPS = {
-    "identity": lambda x: x,
-    "elu+1": lambda x: jnp.where(x > 0, x + 1, jnp.exp(jnp.minimum(x, 0))),
-    "relu": nn.relu,
-}
 
 
 @state_dataclass
@@ -31,7 +26,10 @@ class LinearAttention(MatrixLayer):
     Katharopoulos et al. 2020, "Transformers are RNNs", arXiv:2006.16236, equations 16 to 20.
 
     Attributes (beside those of every layer and of `MatrixLayer`):
-        feature_map: phi: "elu+1" (the paper's), "relu" or "identity".
+        feature_map: phi: "elu+1" (the paper's), "relu", "identity", "dpfp", "taylor", "rebased",
+            "hedgehog", "t2r" or "elementwise_product", see `feature_maps`. The last four have
+            parameters, one set for queries and one for keys. A head's memory is as high as phi has
+            features: 1 + key_dim + key_dim^2 for "taylor".
         normalize: divide by z . phi(q), which a map with negative values does not allow.
         output_norm: off, as in the paper; turn it on where `normalize` is off.
     """
@@ -47,18 +45,26 @@ class LinearAttention(MatrixLayer):
 
     def setup(self):
         check_choice("feature_map", self.feature_map, FEATURE_MAPS)
-        if self.normalize and self.feature_map == "identity":
+        phi = FEATURE_MAPS[self.feature_map]
+        if self.normalize and phi.signed:
             raise ValueError(
-                "normalize: expected False with feature_map 'identity', whose values can be "
-                "negative, got True"
+                f"normalize: expected False with feature_map {self.feature_map!r}, whose values "
+                "can be negative, got True"
             )
         self.setup_matrix("silu" if self.conv_width else None)
+        if phi.make is not None:
+            self.query_map = phi.make(self.param_dtype)
+            self.key_map = phi.make(self.param_dtype)
+        else:
+            self.query_map = self.key_map = phi.apply
 
     @nn.nowrap
     def init_state(self, batch: int, context: int | None = None) -> LinearAttentionState:
-        state = super().init_state(batch, context)
-        normalizer = [(0, 0)] * 3 + [(0, int(self.normalize))]
-        return state.replace(memory=jnp.pad(state.memory, normalizer))
+        _, key_dim, heads, value_dim = self.dims()
+        check_choice("feature_map", self.feature_map, FEATURE_MAPS)
+        size = FEATURE_MAPS[self.feature_map].size(key_dim), value_dim + int(self.normalize)
+        memory = jnp.zeros((batch, heads, *size), jnp.float32)
+        return self.STATE(**self.empty_parts(batch) | {"memory": memory})
 
     def project(self, x):
         return self.project_all(x)
@@ -66,14 +72,13 @@ class LinearAttention(MatrixLayer):
     def mix(self, inputs, state, segment_ids):
         state = enter(state, self.init_state(inputs.shape[0]), segment_ids)
         query, key, value, conv = self.convolve(inputs, state, segment_ids)
-        phi = FEATURE_MAPS[self.feature_map]
         if self.normalize:
             # read-out and normaliser leave in float32: their quotient is taken before rounding
             value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
             value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
         out, memory = linear_attention(
-            phi(query),
-            phi(key),
+            self.query_map(query),
+            self.key_map(key),
             value,
             scale=1.0 if self.normalize else None,
             initial_state=state.memory,
@@ -82,3 +87,23 @@ class LinearAttention(MatrixLayer):
         if self.normalize:
             out = out[..., :-1] / jnp.maximum(out[..., -1:], 1e-6)
         return out.astype(inputs.dtype), self.leave_with(memory, conv, state, segment_ids)
+
+
+@state_dataclass
+class BasedState(LinearAttentionState):
+    """State of `Based`."""
+
+
+class Based(LinearAttention):
+    """Linear attention with the exponential's series to its second term, on small keys.
+
+    Arora et al. 2024, "Simple linear attention language models balance the recall-throughput
+    tradeoff", arXiv:2402.18668. Attributes as `LinearAttention`.
+    """
+
+    feature_map: str = "taylor"
+    key_dim: int | None = 16
+
+    PAPER: ClassVar[str] = "Arora et al. 2024, arXiv:2402.18668"
+    MEMORY: ClassVar[str] = "matrix and normaliser [heads, 1 + key_dim + key_dim^2, value_dim + 1]"
+    STATE: ClassVar[type] = BasedState
