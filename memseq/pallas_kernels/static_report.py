@@ -183,12 +183,12 @@ def parse(program: str, cycles: str) -> Kernel:
     slots, rows = _rows(cycles)
     whole = _borders(program)
     # A unit is taken to find borders by if the two files count it alike from end to end, to one in
-    # a hundred: for two cores (v5p) one file has an instruction or two more.
+    # fifty: one file has an instruction or two more, for two cores (v5p) or long loops.
     sums = {unit: [0, *itertools.accumulate(row[unit] for row in rows)] for unit in slots}
     units = [
         unit
         for unit in COUNTED
-        if unit in sums and abs(sums[unit][-1] - whole.end[unit]) <= whole.end[unit] / 100
+        if unit in sums and abs(sums[unit][-1] - whole.end[unit]) <= whole.end[unit] / 50
     ]
     if "SALU" not in units and "VSTORE" not in units:
         raise ValueError(
