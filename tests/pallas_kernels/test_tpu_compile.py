@@ -168,7 +168,7 @@ def test_more_elements_than_a_32_bit_offset_reaches():
 
 
 def test_auto_takes_the_kernels_under_a_mesh_of_a_tpu():
-    """Lowered on a CPU, for four devices that split batch and heads; also exported."""
+    """Lowered on a CPU, for four devices that split batch and heads."""
     mesh = mesh_for("v5e", data=2, tensor=2)
     arguments = matrix_memory(256, 4, 128, 128, decay="step")
     arguments = {
@@ -184,10 +184,18 @@ def test_auto_takes_the_kernels_under_a_mesh_of_a_tpu():
 
     compiled = compile_for("v5e", call, arguments)
     assert kernels(compiled) == 3
-    exported = jax.export.export(jax.jit(call), platforms=["tpu"])(
-        matrix_memory(256, 4, 128, 128, decay="step")
-    )
-    assert exported.mlir_module().count("tpu_custom_call") >= 2
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_kernels_are_exported_from_a_machine_without_a_tpu(name):
+    """No chip is named: a kernel that asks which one it is for cannot be written."""
+    calls = CALLS[name]
+
+    def program(*arguments):
+        return [both(f, x, **o) for (f, _, o), x in zip(calls, arguments, strict=True)]
+
+    exported = jax.export.export(jax.jit(program), platforms=["tpu"])(*(x for _, x, _ in calls))
+    assert exported.mlir_module().count("@tpu_custom_call") == 3 * len(calls)
 
 
 def test_kernels_compile_under_vmap():

@@ -100,7 +100,7 @@ def _pairs(passes, query, a, both, decay) -> tuple[jax.Array, jax.Array]:
     read = jnp.where(column == i, own[0], jnp.where(column == i + size, own[1], held))
     half = 1
     for with_own, without in decay.levels:
-        meets = ((i & half) != 0) & (i // (2 * half) == j // (2 * half)) & ((j & half) == 0)
+        meets = blocks.straddles(half, i, j)
         # rows of earlier halves alone count here, and those decay alike for both readers
         to_border = both * jnp.concatenate([with_own, with_own], axis=1)
         read = jnp.where(meets, blocks.product("nt", passes[0], query * with_own, to_border), read)
