@@ -115,7 +115,7 @@ def test_a_chunk_is_the_same_in_parallel(case):
 @pytest.mark.parametrize("backward", [False, True])
 def test_states_of_all_steps_are_never_held(backward):
     """Memory against the size of [batch, time, channels, state_dim], for CPUs and accelerators."""
-    batch, time, channels, state_dim = 1, 2048, 32, 32
+    batch, time, channels, state_dim = 1, 2048, 64, 64
     shapes = jax.eval_shape(
         lambda: example(Shape(batch, time, channels, state_dim), jax.random.key(0))
     )
@@ -133,7 +133,7 @@ def test_states_of_all_steps_are_never_held(backward):
     found = [temporary("chunked")]
     with mock.patch.object(chunked, "steps", chunked.parallel):
         found.append(temporary("chunked"))
-    assert 0 < min(found) and max(found) < all_states / 2
+    assert 0 < min(found) and max(found) < all_states / 3
     if backward:
         assert temporary("reference") > all_states  # the measure sees such arrays
 
