@@ -137,7 +137,7 @@ def test_tpu_kernels_everywhere(time, decay, longest, erase):
 
 @pytest.mark.parametrize("decay", [None, "step", "channel"])
 def test_tpu_kernels_with_16_bit_inputs(decay):
-    inputs, options, rng = Case(130, decay, dim=32, values=16).build()
+    inputs, options, rng = Case(200, decay, dim=32, values=16).build()
     check_kernel_16_bit(delta_rule, inputs, options, rng, 64)
 
 
