@@ -15,11 +15,10 @@ import jax.numpy as jnp
 from memseq.pallas_kernels.causal_conv.activations import ACTIVATIONS
 from memseq.pallas_kernels.common.dispatch import KernelForm
 from memseq.pallas_kernels.common.mosaic_tpu import blocks, recurrence
+from memseq.pallas_kernels.common.mosaic_tpu.hardware import LANES, SUBLANES, kernel_dtype
 from memseq.pallas_kernels.common.segments import hide_padding
 
 NAME = "causal_conv"
-LANES = 128
-SUBLANES = 8
 WORK = 2**19  # taps of a chunk: more are a little faster and much slower to compile
 BLOCK_SIZE = 2**18  # numbers in a grid step's part of x
 ROWS = 16  # in a tile of 16-bit numbers
@@ -40,7 +39,7 @@ def forward(x, kernel, bias, initial_state, valid, index, *, activation):
     rows = _Rows(x.shape, kernel.shape[0], valid, index)
     step = functools.partial(_step, width=rows.width, activation=activation)
     dtype = x.dtype
-    x = rows.to_front(x.astype(recurrence.kernel_dtype(dtype)))
+    x = rows.to_front(x.astype(kernel_dtype(dtype)))
     operands = rows.operands(x, kernel, bias, initial_state)
     out = jax.ShapeDtypeStruct(operands.steps[0].shape, x.dtype)
     (y,), _ = recurrence.forward(step, operands, (out,), rows.plan, name=NAME)
@@ -60,7 +59,7 @@ def backward(arrays, cotangents, *, activation):
         return (made.steps, made.rows, made.constants, made.state), made.shared
 
     dtype = x.dtype
-    x = rows.to_front(x.astype(recurrence.kernel_dtype(dtype)))
+    x = rows.to_front(x.astype(kernel_dtype(dtype)))
     made, pull, shared = jax.vjp(differentiable, x, kernel, bias, initial_state, has_aux=True)
     if valid is not None:
         d_y = hide_padding(d_y, valid)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from memseq.pallas_kernels.common.dispatch import KernelForm
 from memseq.pallas_kernels.common.mosaic_tpu import scan
 from memseq.pallas_kernels.common.mosaic_tpu import scan_blocks as blocks
-from memseq.pallas_kernels.common.mosaic_tpu.recurrence import kernel_dtype
+from memseq.pallas_kernels.common.mosaic_tpu.hardware import kernel_dtype
 from memseq.pallas_kernels.common.segments import restarts
 from memseq.pallas_kernels.linear_scan.gates import out_dtype, transition
 

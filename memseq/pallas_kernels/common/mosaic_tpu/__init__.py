@@ -2,5 +2,6 @@
 
 recurrence: a kernel forward and one backward from the function of one chunk. blocks: what such
 functions are built of. heads: how the arrays of a matrix memory become their operands. scan,
-scan_blocks: the same for elementwise recurrences, one step after another.
+scan_blocks: the same for elementwise recurrences, one step after another. hardware: what all TPUs
+have in common.
 """

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from memseq.pallas_kernels.common.mosaic_tpu import blocks, recurrence
+from memseq.pallas_kernels.common.mosaic_tpu.hardware import LANES, kernel_dtype, operands_vjp
 
-LANES = 128
 LARGEST = {"key_dim": 256, "value_dim": 512}  # whose state and chunks fit the vector memory
 
 
@@ -66,23 +66,18 @@ def forward(call: Call, arrays: tuple) -> tuple[jax.Array, jax.Array]:
     operands = call.operands(arrays)
     number, time, _ = operands.steps[0].shape
     shape = (number, time, call.value.shape[3])
-    out = jax.ShapeDtypeStruct(shape, recurrence.kernel_dtype(call.value.dtype))
+    out = jax.ShapeDtypeStruct(shape, kernel_dtype(call.value.dtype))
     (out,), state = recurrence.forward(call.step, operands, (out,), call.plan, name=call.name)
     out = from_sequences(out, call.value.shape).astype(call.value.dtype)
     return out, from_state(state, call.value.shape[0])
 
 
 def backward(call: Call, arrays: tuple, cotangents: tuple) -> tuple:
-    known = tuple(x for x in arrays if x is not None and jnp.issubdtype(x.dtype, jnp.inexact))
-    places = [x is not None and jnp.issubdtype(x.dtype, jnp.inexact) for x in arrays]
-
-    def operands(*known):
-        left = iter(known)
-        whole = tuple(next(left) if place else x for place, x in zip(places, arrays, strict=True))
-        found = call.operands(whole)
+    def operands(arrays):
+        found = call.operands(arrays)
         return (found.steps, found.rows, found.constants, found.state), (found.fixed, found.shared)
 
-    made, pull, (fixed, shared) = jax.vjp(operands, *known, has_aux=True)
+    made, pull, (fixed, shared) = operands_vjp(operands, arrays)
     d_out, d_state = cotangents
     d_out = to_sequences(d_out, call.plan)
     found = recurrence.backward(
@@ -92,13 +87,12 @@ def backward(call: Call, arrays: tuple, cotangents: tuple) -> tuple:
         call.plan,
         name=call.name,
     )
-    left = iter(pull(found))
-    return tuple(next(left) if place else None for place in places)
+    return pull(found)
 
 
 def to_sequences(x: jax.Array, plan: recurrence.Plan) -> jax.Array:
     """[batch, time, heads, dim] -> [batch x heads, padded time, dim], in a dtype of the kernels."""
-    x = x.astype(recurrence.kernel_dtype(x.dtype))
+    x = x.astype(kernel_dtype(x.dtype))
     x = jnp.moveaxis(x, 2, 1).reshape(-1, x.shape[1], x.shape[3])
     return jnp.pad(x, ((0, 0), (0, recurrence.padded_time(x.shape[1], plan) - x.shape[1]), (0, 0)))
 

@@ -25,6 +25,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from memseq.pallas_kernels.common.mosaic_tpu.hardware import VMEM_LIMIT
+
 
 class Plan(NamedTuple):
     """How a call is cut. Static.
@@ -73,8 +75,6 @@ class Chunk(NamedTuple):
 
 
 Step = Callable[[Chunk, jax.Array], tuple[tuple[jax.Array, ...], jax.Array]]
-# Of 16 MiB that v5e and v5p grant by themselves; every target has at least 64 MiB.
-VMEM_LIMIT = 56 * 2**20
 
 
 def forward(
@@ -322,8 +322,3 @@ def padded_time(time: int, plan: Plan) -> int:
     """`time` rounded up to whole grid steps."""
     block = plan.chunk * plan.chunks
     return math.ceil(time / block) * block
-
-
-def kernel_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """What an array of this dtype is in a kernel: TPUs know no float16."""
-    return jnp.dtype(jnp.float32 if dtype == jnp.float16 else dtype)

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from memseq.pallas_kernels.common.mosaic_tpu.hardware import operands_vjp
 from memseq.pallas_kernels.common.mosaic_tpu.scan_blocks import (
     LANES,
     SUBLANES,
@@ -60,19 +61,13 @@ def forward(call: Call, arrays: tuple) -> Any:
 
 def backward(call: Call, arrays: tuple, cotangents: Any) -> tuple:
     """A cotangent for each of `arrays`, None for integers, booleans and None."""
-    places = [x is not None and jnp.issubdtype(x.dtype, jnp.inexact) for x in arrays]
 
-    def operands(*known):
-        left = iter(known)
-        made = call.operands(
-            tuple(next(left) if own else x for own, x in zip(places, arrays, strict=True))
-        )
+    def operands(arrays):
+        made = call.operands(arrays)
         return made[:-1], made.flags
 
-    known = (x for own, x in zip(places, arrays, strict=True) if own)
-    made, pull, flags = jax.vjp(operands, *known, has_aux=True)
-    left = iter(pull(_backward(call, Operands(*made, flags), *call.cotangents(*cotangents))))
-    return tuple(next(left) if own else None for own in places)
+    made, pull, flags = operands_vjp(operands, arrays)
+    return pull(_backward(call, Operands(*made, flags), *call.cotangents(*cotangents)))
 
 
 def _forward(call: Call, operands: Operands, keep_states: bool) -> tuple[tuple, tuple]:

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from memseq.pallas_kernels.common.mosaic_tpu.recurrence import kernel_dtype
+from memseq.pallas_kernels.common.mosaic_tpu.hardware import (
+    LANES,
+    SUBLANES,
+    VMEM_LIMIT,
+    kernel_dtype,
+)
 
-LANES = 128
-SUBLANES = 8
 KEEP, RESTART, PADDING = range(3)  # what a flag says: go on, empty the memory first, do nothing
-VMEM_LIMIT = 56 * 2**20  # every target has at least 64 MiB
 
 
 class Plan(NamedTuple):
