@@ -19,6 +19,7 @@ REMAT_POLICIES = {
 }
 
 _NOT_OPTIONS = {"features", "name", "parent"}
+_DEPTH = ("layer_index", "num_layers")
 
 
 def as_pattern(names: Iterable[str]) -> tuple[str, ...]:
@@ -59,12 +60,14 @@ class Block(nn.Module):
     Attributes:
         mixer: name in `memseq.layers.REGISTRY`.
         options: constructor options of the mixer.
+        depth: (index, number) of this block in the model, for mixers that depend on it.
         channel: "swiglu", a name in `memseq.layers.CHANNEL_LAYERS`, or None for none.
     """
 
     features: int
     mixer: str
     options: Mapping[str, Any]
+    depth: tuple[int, int]
     channel: str | None
     hidden_ratio: float
     implementation: str
@@ -91,33 +94,56 @@ class Block(nn.Module):
             "dtype": self.dtype,
             "param_dtype": self.param_dtype,
         }
+        if "layer_index" in _options_of(self.mixer):
+            options |= dict(zip(_DEPTH, self.depth, strict=True))
         options |= dict(self.options)
-        constructor = REGISTRY[self.mixer]
-        if dataclasses.is_dataclass(constructor):
-            known = {f.name for f in dataclasses.fields(constructor)}
+        if known := _options_of(self.mixer):
             for name in options:
-                check_choice(f"mixers.{self.mixer}", name, sorted(known - _NOT_OPTIONS))
-        return constructor(self.features, **options)
+                check_choice(f"mixers.{self.mixer}", name, sorted(known))
+        return REGISTRY[self.mixer](self.features, **options)
 
-    def __call__(self, x, state, segment_ids):
-        mixed, state = self.layer(self.mixer_norm(x), state, segment_ids)
+    def __call__(self, x, state, segment_ids, shared):
+        shared = jax.tree.map(lambda a: a, shared)  # the caller keeps its own
+        mixed, state = self.layer(self.mixer_norm(x), state, segment_ids, shared)
         x = x + mixed
         if self.channel is not None:
             x = x + self.channel_layer(self.channel_norm(x))
-        return x, state
+        return x, state, shared
+
+
+def _options_of(mixer: str) -> set[str]:
+    """The options of a mixer's constructor, empty for one that does not tell."""
+    constructor = REGISTRY[mixer]
+    if not dataclasses.is_dataclass(constructor):
+        return set()
+    return {f.name for f in dataclasses.fields(constructor)} - _NOT_OPTIONS
+
+
+def depends_on_depth(mixer: str) -> bool:
+    """True for a mixer that is not the same in every layer, or uses what another layer computed."""
+    return "layer_index" in _options_of(mixer) or getattr(REGISTRY[mixer], "SHARES", False)
 
 
 class _Group(nn.Module):
     """One repeat of the pattern: the body that `Stack` scans."""
 
     blocks: tuple[Block, ...]
+    remat: str
+    prevent_cse: bool
 
     @nn.compact
     def __call__(self, x, states, segment_ids):
+        def call(block, *arguments):
+            return block(*arguments)
+
+        if self.remat != "none":
+            policy = REMAT_POLICIES[self.remat]
+            call = nn.remat(call, policy=policy, prevent_cse=self.prevent_cse)
         states = (None,) * len(self.blocks) if states is None else states
-        after = []
+        after, shared = [], {}
         for i, (block, state) in enumerate(zip(self.blocks, states, strict=True)):
-            x, state = block.clone(name=f"block_{i}", parent=self)(x, state, segment_ids)
+            block = block.clone(name=f"block_{i}", parent=self)
+            x, state, shared = call(block, x, state, segment_ids, shared)
             after.append(state)
         return x, tuple(after)
 
@@ -126,7 +152,9 @@ class Stack(nn.Module):
     """`repeats` copies of a pattern of blocks, scanned, so that compile time is one pattern's.
 
     The state is a tuple, one entry a pattern position; each leaf is [repeats, batch, ...]. So are
-    the parameters' leaves: [repeats, ...].
+    the parameters' leaves: [repeats, ...]. Mixers that depend on their depth, or that use another
+    layer's activations, cannot be scanned: a pattern with one of them is written out, and is one
+    repeat of a pattern `repeats` times as long.
 
     Attributes: as of `LanguageModel`.
     """
@@ -151,11 +179,13 @@ class Stack(nn.Module):
             )
         for name in self.mixers:
             check_choice("mixers", name, self.pattern)
+        pattern = self.pattern * (self.repeats // self.scanned())
         return tuple(
             Block(
                 features=self.features,
                 mixer=mixer,
                 options=self.mixers.get(mixer, nn.FrozenDict()),
+                depth=(i, len(pattern)),
                 channel=self.channel,
                 hidden_ratio=self.hidden_ratio,
                 implementation=self.implementation,
@@ -163,31 +193,36 @@ class Stack(nn.Module):
                 param_dtype=self.param_dtype,
                 parent=None,
             )
-            for mixer in self.pattern
+            for i, mixer in enumerate(pattern)
         )
+
+    @nn.nowrap
+    def scanned(self) -> int:
+        """Steps of the scan over repeats: 1 where the repeats are written out."""
+        known = [mixer for mixer in self.pattern if mixer in REGISTRY]
+        return 1 if any(map(depends_on_depth, known)) else self.repeats
 
     @nn.compact
     def __call__(self, x, state, segment_ids):
         check_choice("remat", self.remat, REMAT_POLICIES)
-        group = _Group
-        if self.remat != "none":
-            # inside a scan the loop itself keeps the recomputation from being merged away
-            group = nn.remat(group, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         scanned = nn.scan(
-            group,
+            _Group,
             variable_axes={"params": 0, "intermediates": 0, "losses": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast),
             out_axes=0,
-            length=self.repeats,
+            length=self.scanned(),
         )
-        return scanned(self.blocks(), name="layers")(x, state, segment_ids)
+        # a loop itself keeps recomputation from being merged away, one of a single step does not
+        prevent_cse = self.scanned() == 1
+        group = scanned(self.blocks(), self.remat, prevent_cse, name="layers")
+        return group(x, state, segment_ids)
 
     @nn.nowrap
     def init_state(self, batch: int, context: int | None = None) -> tuple:
         """An empty state; `context`: positions to hold, for mixers that store them one by one."""
         states = (block.make_mixer().init_state(batch, context) for block in self.blocks())
         return tuple(
-            jax.tree.map(lambda x: jnp.broadcast_to(x, (self.repeats, *x.shape)), state)
+            jax.tree.map(lambda x: jnp.broadcast_to(x, (self.scanned(), *x.shape)), state)
             for state in states
         )

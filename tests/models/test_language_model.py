@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memseq.layers import REGISTRY
+from memseq.layers import REGISTRY, LinearAttention
 from memseq.models import LanguageModel
+from memseq.models.blocks import depends_on_depth
 from tests.models.harness import (
     FEATURES,
     TWO,
@@ -32,7 +33,7 @@ def close(got, want, tolerance=2e-5):
 
 
 def rms_norm(params, x):
-    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-5) * params["scale"]
+    return x / ((x**2).mean(axis=-1, keepdims=True) + 1e-5) ** 0.5 * params["scale"]
 
 
 def swiglu(params, x):
@@ -169,9 +170,56 @@ def test_state_shapes(name):
     state = model.init_state(3, context=9)
     _, after = jax.eval_shape(model.apply, params, example, state)
     assert layout(after) == layout(state)
-    assert all(a.shape[:2] == (2, 3) for a in jax.tree.leaves(state))
+    repeats = 1 if depends_on_depth(name) else 2
+    assert all(a.shape[:2] == (repeats, 3) for a in jax.tree.leaves(state))
+    assert len(state) == 2 // repeats
     assert model.state_bytes(3, context=9) == sum(a.nbytes for a in jax.tree.leaves(state))
     assert model.state_bytes(3, context=9) == 2 * REGISTRY[name](FEATURES).state_bytes(3, 9)
+
+
+class Echo(LinearAttention):
+    """Adds the mean of what the Echos below it were given to its own value."""
+
+    layer_index: int = 0
+    num_layers: int = 1
+
+    SHARES = True
+
+    def mix(self, inputs, state, segment_ids, shared):
+        heard = shared.setdefault("echo", [])
+        out, state = super().mix(inputs + sum(heard), state, segment_ids)
+        heard.append(inputs * (self.layer_index + 1) / self.num_layers)
+        return out, state
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_layers_know_their_depth_and_share(monkeypatch, remat):
+    """Such layers are written out: each has its index, and hears the ones below in one call."""
+    monkeypatch.setitem(REGISTRY, "echo", Echo)
+    model = small(("echo", "gated_delta_net"), repeats=2, channel=None, remat=remat)
+    model, params = with_params(model)
+    ids = tokens(2, 5)
+
+    def loss(params):
+        return jnp.sum(jnp.sin(run(model, params, ids)[0]))
+
+    p = params["params"]
+
+    def by_hand(p):
+        x, shared = p["embed"]["embedding"][ids], {}
+        for i, name in enumerate(model.pattern * 2):
+            block = jax.tree.map(lambda a: a[0], p["stack"]["layers"][f"block_{i}"])
+            depth = {"layer_index": i, "num_layers": 4} if name == "echo" else TWO[name]
+            normed = rms_norm(block["mixer_norm"], x)
+            layer = REGISTRY[name](FEATURES, **depth)
+            x = x + layer.apply({"params": block["layer"]}, normed, None, None, shared)[0]
+        assert len(shared["echo"]) == 2
+        return jnp.sum(jnp.sin(rms_norm(p["norm"], x) @ p["head"]["kernel"]))
+
+    got, got_grads = jax.value_and_grad(loss)(params)
+    want, want_grads = jax.jit(jax.value_and_grad(by_hand))(p)
+    close(got, want, 1e-4)
+    jax.tree.map(lambda a, b: close(a, b, 1e-4), got_grads["params"], want_grads)
 
 
 def test_dtypes():

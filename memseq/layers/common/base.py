@@ -45,8 +45,15 @@ class SequenceLayer(nn.Module):
     PAPER: ClassVar[str]
     MEMORY: ClassVar[str]
     OPERATION: ClassVar[str]
+    SHARES: ClassVar[bool] = False
 
-    def __call__(self, x: jax.Array, state: Any = None, segment_ids: jax.Array | None = None):
+    def __call__(
+        self,
+        x: jax.Array,
+        state: Any = None,
+        segment_ids: jax.Array | None = None,
+        shared: dict[str, Any] | None = None,
+    ):
         """Runs over time.
 
         Args:
@@ -55,13 +62,18 @@ class SequenceLayer(nn.Module):
             segment_ids: int32 [batch, time]. The memory restarts where the id changes, also from
                 the previous call's last id to this call's first. Negative ids are padding: they
                 change nothing and their output means nothing. None continues.
+            shared: what the layers of a model leave for the layers above them, of this call. A
+                layer with `SHARES` reads it and adds to it in place; others leave it alone.
 
         Returns:
             y [batch, time, features] and the state after the last step.
         """
         check_array("x", x, (None, None, self.features), "[batch, time, features]")
         check_segment_ids(segment_ids, *x.shape[:2])
-        out, state = self.mix(self.project(x), state, segment_ids)
+        parts = (self.project(x), state, segment_ids)
+        if self.SHARES:
+            parts += ({} if shared is None else shared,)
+        out, state = self.mix(*parts)
         return self.finish(x, out), state
 
     def project(self, x: jax.Array) -> Any:
@@ -69,7 +81,10 @@ class SequenceLayer(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no project")
 
     def mix(self, inputs: Any, state: Any, segment_ids: jax.Array | None) -> tuple[jax.Array, Any]:
-        """Short convolution and memory: what `project` gave to (read-out, new state)."""
+        """Short convolution and memory: what `project` gave to (read-out, new state).
+
+        That of a layer with `SHARES` takes `shared` after these.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no mix")
 
     def finish(self, x: jax.Array, out: jax.Array) -> jax.Array:
