@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from memseq.layers.common.base import SequenceLayer, leave, no_segment, state_dataclass
+from memseq.layers.common.base import SequenceLayer, enter, leave, no_segment, state_dataclass
 from memseq.layers.common.parts import RMSNorm, ShortConv, conv_tail, merge_heads, split_heads
 from memseq.pallas_kernels.common.checks import check_choice
 
@@ -32,7 +32,8 @@ class MatrixState:
 class MatrixLayer(SequenceLayer):
     """Query, key and value, a short convolution over them, and a normed, gated read-out.
 
-    Subclasses call `setup_matrix` in `setup` and write `project` and `mix`.
+    A subclass writes `operate`, the call of its memory operation, and `gates`, what that takes
+    beside query, key and value.
 
     Attributes:
         key_dim: size of a key per head; None is features / heads.
@@ -51,6 +52,9 @@ class MatrixLayer(SequenceLayer):
     conv_width: int = 0
 
     STATE: ClassVar[type] = MatrixState
+
+    def setup(self):
+        self.setup_matrix()
 
     def setup_matrix(self, conv_activation: str | None = "silu") -> None:
         check_choice("gate_activation", self.gate_activation, GATE_ACTIVATIONS)
@@ -93,17 +97,41 @@ class MatrixLayer(SequenceLayer):
     @nn.nowrap
     def init_state(self, batch: int, context: int | None = None) -> Any:
         """An empty memory and an empty tail of the convolution; `context` changes nothing."""
-        return self.STATE(**self.empty_parts(batch))
+        return self.empty_state(batch)
 
     @nn.nowrap
-    def empty_parts(self, batch: int) -> dict[str, jax.Array]:
-        """The fields of an empty `MatrixState`."""
+    def empty_state(self, batch: int, **more: jax.Array) -> Any:
+        """An empty state whose fields are those of `MatrixState` and `more`."""
         _, key_dim, heads, value_dim = self.dims()
-        return {
+        fields = {
             "memory": jnp.zeros((batch, heads, key_dim, value_dim), jnp.float32),
             "conv": conv_tail(batch, self.conv_width, self._channels(), self.activation_dtype()),
             "segment": no_segment(batch),
         }
+        return self.STATE(**fields | more)
+
+    def project(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        """`project_all` of x, then the layer's `gates`."""
+        return self.project_all(x), *self.gates(x)
+
+    def gates(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        """What `operate` takes beside query, key and value: decays, write strengths; pointwise."""
+        return ()
+
+    def mix(self, inputs, state, segment_ids):
+        mixed, *gates = inputs
+        state = enter(state, self.init_state(mixed.shape[0]), segment_ids)
+        query, key, value, conv = self.convolve(mixed, state, segment_ids)
+        options = self.operation_options(segment_ids)
+        out, memory = self.operate(query, key, value, *gates, initial_state=state.memory, **options)
+        return out, self.leave_with(state, segment_ids, memory=memory, conv=conv)
+
+    def operate(self, query, key, value, *gates, **options) -> tuple[jax.Array, jax.Array]:
+        """The memory operation: (read-out [batch, time, heads, value_dim], memory after it).
+
+        query, key and value are [batch, time, heads, dim]; `options` go to the operation.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no operate")
 
     def project_all(self, x: jax.Array) -> jax.Array:
         """Query, key and value side by side, [batch, time, channels]."""
@@ -126,16 +154,15 @@ class MatrixLayer(SequenceLayer):
             conv,
         )
 
-    def leave_with(self, memory: jax.Array, conv: jax.Array, state: Any, segment_ids: Any) -> Any:
-        """The state after this call."""
-        return self.STATE(**self.leave_parts(memory, conv, state, segment_ids))
+    def leave_with(self, state: Any, segment_ids: jax.Array | None, **fields: jax.Array) -> Any:
+        """The state after this call, which was entered with `state`: `fields` and the segment."""
+        self.sow("intermediates", "memory_norm", jnp.sqrt(jnp.mean(fields["memory"] ** 2)))
+        return self.STATE(**fields, segment=leave(state, segment_ids))
 
-    def leave_parts(
-        self, memory: jax.Array, conv: jax.Array, state: Any, segment_ids: Any
-    ) -> dict[str, jax.Array]:
-        """The fields of the `MatrixState` after this call."""
-        self.sow("intermediates", "memory_norm", jnp.sqrt(jnp.mean(memory**2)))
-        return {"memory": memory, "conv": conv, "segment": leave(state, segment_ids)}
+    def sow_decay(self, log_decay: jax.Array) -> jax.Array:
+        """The log decay as it came; sows the mean of what is kept a step."""
+        self.sow("intermediates", "mean_decay", jnp.exp(log_decay).mean())
+        return log_decay
 
     def finish(self, x: jax.Array, out: jax.Array) -> jax.Array:
         if self.norm is not None:

@@ -9,9 +9,14 @@ import jax.numpy as jnp
 from memseq.pallas_kernels import causal_conv
 
 
+def widen(x: jax.Array) -> jax.Array:
+    """x in float32 at least, as gates and sums are computed."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def l2_normalize(x: jax.Array, eps: float = 1e-6) -> jax.Array:
     """x / sqrt(sum x^2 + eps) over the last axis, computed in float32 at least."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = widen(x)
     return (wide * jax.lax.rsqrt(jnp.sum(wide * wide, -1, keepdims=True) + eps)).astype(x.dtype)
 
 
@@ -28,7 +33,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = widen(x)
         mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
         return (wide * jax.lax.rsqrt(mean + self.eps) * scale).astype(x.dtype)
 
@@ -78,6 +83,19 @@ def conv_tail(batch: int, width: int, channels: int, dtype: Any) -> jax.Array:
     return jnp.zeros((batch, max(width - 1, 0), channels), dtype)
 
 
+def softplus_inverse(x: jax.Array) -> jax.Array:
+    """The y of softplus(y) = x, for x > 0."""
+    return x + jnp.log(-jnp.expm1(-x))
+
+
+def dt_bias_init(
+    key: jax.Array, shape: tuple[int, ...], low: float = 1e-3, high: float = 1e-1
+) -> jax.Array:
+    """Where softplus gives step sizes that are log-uniform in [low, high], and at least 1e-4."""
+    dt = jnp.exp(jax.random.uniform(key, shape, jnp.float32, jnp.log(low), jnp.log(high)))
+    return softplus_inverse(jnp.maximum(dt, 1e-4))
+
+
 class MambaGate(nn.Module):
     """Step size and log decay per head: dt = softplus(x + dt_bias), log decay = -exp(A_log) dt.
 
@@ -97,15 +115,9 @@ class MambaGate(nn.Module):
             a = jax.random.uniform(key, shape, jnp.float32, self.a_min, self.a_max)
             return jnp.log(jnp.maximum(a, 1e-4))
 
-        def dt_bias_init(key, shape):
-            low, high = jnp.log(1e-3), jnp.log(1e-1)
-            dt = jnp.exp(jax.random.uniform(key, shape, jnp.float32, low, high))
-            dt = jnp.maximum(dt, 1e-4)
-            return dt + jnp.log(-jnp.expm1(-dt))  # the inverse of softplus
-
         a_log = self.param("A_log", a_log_init, (self.heads,))
         dt_bias = self.param("dt_bias", dt_bias_init, (self.heads,))
-        dt = jax.nn.softplus(x.astype(jnp.promote_types(x.dtype, jnp.float32)) + dt_bias)
+        dt = jax.nn.softplus(widen(x) + dt_bias)
         dt = jnp.clip(dt, *dt_limit)
         return dt, -jnp.exp(a_log) * dt
 

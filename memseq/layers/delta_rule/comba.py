@@ -3,9 +3,8 @@
 from typing import ClassVar
 
 import flax.linen as nn
-import jax.numpy as jnp
 
-from memseq.layers.common.base import enter, state_dataclass
+from memseq.layers.common.base import state_dataclass
 from memseq.layers.common.matrix import MatrixLayer, MatrixState
 from memseq.layers.common.parts import MambaGate, l2_normalize
 from memseq.layers.delta_rule.delta_net import check_max_beta, write_strength
@@ -55,19 +54,15 @@ class Comba(MatrixLayer):
         start = nn.initializers.constant(self.correction)
         self.query_bias = self.param("query_bias", start, (self.heads,))
 
-    def project(self, x):
+    def gates(self, x):
         _, log_decay = self.decay_gate(self.decay(x))
-        self.sow("intermediates", "mean_decay", jnp.exp(log_decay).mean())
-        return self.project_all(x), write_strength(self, self.beta(x)), log_decay
+        return write_strength(self, self.beta(x)), self.sow_decay(log_decay)
 
-    def mix(self, inputs, state, segment_ids):
-        mixed, beta, log_decay = inputs
-        state = enter(state, self.init_state(mixed.shape[0]), segment_ids)
-        query, key, value, conv = self.convolve(mixed, state, segment_ids)
+    def operate(self, query, key, value, beta, log_decay, **options):
         feedback = nn.sigmoid(self.feedback_bias)[:, None].astype(key.dtype)
         key = l2_normalize(key)
         query = l2_normalize(query) - self.query_bias[:, None].astype(key.dtype) * key
-        out, memory = delta_rule(
+        return delta_rule(
             l2_normalize(query),
             key,
             value,
@@ -75,7 +70,5 @@ class Comba(MatrixLayer):
             log_decay,
             erase_key=feedback * key,
             erase="undecayed",
-            initial_state=state.memory,
-            **self.operation_options(segment_ids),
+            **options,
         )
-        return out, self.leave_with(memory, conv, state, segment_ids)

@@ -3,11 +3,10 @@
 from typing import ClassVar
 
 import flax.linen as nn
-import jax.numpy as jnp
 
-from memseq.layers.common.base import enter, state_dataclass
+from memseq.layers.common.base import state_dataclass
 from memseq.layers.common.matrix import MatrixLayer, MatrixState
-from memseq.layers.common.parts import l2_normalize
+from memseq.layers.common.parts import l2_normalize, widen
 from memseq.pallas_kernels import delta_rule
 
 
@@ -44,22 +43,11 @@ class DeltaNet(MatrixLayer):
         self.setup_matrix()
         self.beta = self.dense(self.heads)
 
-    def project(self, x):
-        return self.project_all(x), write_strength(self, self.beta(x))
+    def gates(self, x):
+        return (write_strength(self, self.beta(x)),)
 
-    def mix(self, inputs, state, segment_ids):
-        mixed, beta = inputs
-        state = enter(state, self.init_state(mixed.shape[0]), segment_ids)
-        query, key, value, conv = self.convolve(mixed, state, segment_ids)
-        out, memory = delta_rule(
-            l2_normalize(query),
-            l2_normalize(key),
-            value,
-            beta,
-            initial_state=state.memory,
-            **self.operation_options(segment_ids),
-        )
-        return out, self.leave_with(memory, conv, state, segment_ids)
+    def operate(self, query, key, value, beta, **options):
+        return delta_rule(l2_normalize(query), l2_normalize(key), value, beta, **options)
 
 
 def check_max_beta(max_beta: float) -> None:
@@ -69,7 +57,6 @@ def check_max_beta(max_beta: float) -> None:
 
 def write_strength(layer: nn.Module, logits):
     """max_beta sigmoid(logits), in float32 at least; sows its mean."""
-    wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    beta = layer.max_beta * nn.sigmoid(wide)
+    beta = layer.max_beta * nn.sigmoid(widen(logits))
     layer.sow("intermediates", "mean_beta", beta.mean())
     return beta

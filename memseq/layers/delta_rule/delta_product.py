@@ -3,10 +3,9 @@
 from typing import ClassVar
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
-from memseq.layers.common.base import enter, state_dataclass
+from memseq.layers.common.base import state_dataclass
 from memseq.layers.common.matrix import MatrixLayer, MatrixState
 from memseq.layers.common.parts import MambaGate, l2_normalize
 from memseq.layers.delta_rule.delta_net import check_max_beta, write_strength
@@ -53,14 +52,11 @@ class DeltaProduct(MatrixLayer):
     def writes(self) -> int:
         return self.steps
 
-    def project(self, x):
-        return self.project_all(x), write_strength(self, self.beta(x)), None
+    def gates(self, x):
+        return (write_strength(self, self.beta(x)),)
 
-    def mix(self, inputs, state, segment_ids):
-        mixed, beta, log_decay = inputs
-        batch, time, _ = mixed.shape
-        state = enter(state, self.init_state(batch), segment_ids)
-        query, key, value, conv = self.convolve(mixed, state, segment_ids)
+    def operate(self, query, key, value, beta, log_decay=None, *, segment_ids, **options):
+        batch, time = query.shape[:2]
 
         def one_after_another(x):
             """[batch, time, steps * heads, ...] -> [batch, time * steps, heads, ...]."""
@@ -73,19 +69,18 @@ class DeltaProduct(MatrixLayer):
             padded = jnp.pad(x[:, :, None], others)
             return padded.reshape(batch, time * self.steps, *x.shape[2:])
 
+        if segment_ids is not None:
+            segment_ids = jnp.repeat(segment_ids, self.steps, axis=1)
         out, memory = delta_rule(
             at(self.steps - 1, l2_normalize(query)),
             one_after_another(l2_normalize(key)),
             one_after_another(value),
             one_after_another(beta),
             None if log_decay is None else at(0, log_decay),
-            initial_state=state.memory,
-            **self.operation_options(
-                None if segment_ids is None else jnp.repeat(segment_ids, self.steps, axis=1)
-            ),
+            segment_ids=segment_ids,
+            **options,
         )
-        out = out.reshape(batch, time, self.steps, *out.shape[2:])[:, :, -1]
-        return out, self.leave_with(memory, conv, state, segment_ids)
+        return out.reshape(batch, time, self.steps, *out.shape[2:])[:, :, -1], memory
 
 
 @state_dataclass
@@ -109,7 +104,6 @@ class GatedDeltaProduct(DeltaProduct):
         self.decay = self.dense(self.heads)
         self.decay_gate = MambaGate(self.heads)
 
-    def project(self, x) -> tuple[jax.Array, ...]:
+    def gates(self, x):
         _, log_decay = self.decay_gate(self.decay(x))
-        self.sow("intermediates", "mean_decay", jnp.exp(log_decay).mean())
-        return *super().project(x)[:2], log_decay
+        return *super().gates(x), self.sow_decay(log_decay)

@@ -6,9 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from memseq.layers.common.base import enter, state_dataclass
+from memseq.layers.common.base import state_dataclass
 from memseq.layers.common.matrix import MatrixLayer, MatrixState
-from memseq.layers.common.parts import l2_normalize, split_heads
+from memseq.layers.common.parts import dt_bias_init, l2_normalize, split_heads, widen
 from memseq.layers.delta_rule.delta_net import check_max_beta, write_strength
 from memseq.pallas_kernels import delta_rule
 from memseq.pallas_kernels.common.checks import check_count, check_heads
@@ -32,15 +32,9 @@ class ChannelGate(nn.Module):
                 return jnp.zeros(shape)
             return jnp.log(jax.random.uniform(key, shape, jnp.float32, 1.0, 16.0))
 
-        def dt_bias_init(key, shape):
-            low, high = jnp.log(1e-3), jnp.log(1e-1)
-            dt = jnp.exp(jax.random.uniform(key, shape, jnp.float32, low, high))
-            return dt + jnp.log(-jnp.expm1(-dt))  # the inverse of softplus
-
         a_log = self.param("A_log", a_log_init, (self.heads,))
         dt_bias = self.param("dt_bias", dt_bias_init, (self.heads * self.dim,))
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32)) + dt_bias
-        x = split_heads(x, self.heads)
+        x = split_heads(widen(x) + dt_bias, self.heads)
         rate = jnp.exp(a_log)[:, None]
         if self.lower_bound is not None:
             return self.lower_bound * nn.sigmoid(rate * x)
@@ -116,27 +110,14 @@ class KimiDeltaAttention(MatrixLayer):
 
     def log_decay(self, x: jax.Array) -> jax.Array:
         """float32 [batch, time, value_heads, key_dim]; sows its mean decay."""
-        log_decay = self.decay_gate(self.decay_out(self.decay_in(x)))
-        self.sow("intermediates", "mean_decay", jnp.exp(log_decay).mean())
-        return log_decay
+        return self.sow_decay(self.decay_gate(self.decay_out(self.decay_in(x))))
 
-    def project(self, x):
-        return self.project_all(x), write_strength(self, self.beta(x)), self.log_decay(x)
+    def gates(self, x):
+        return write_strength(self, self.beta(x)), self.log_decay(x)
 
-    def mix(self, inputs, state, segment_ids):
-        mixed, beta, log_decay = inputs
-        state = enter(state, self.init_state(mixed.shape[0]), segment_ids)
-        query, key, value, conv = self.convolve(mixed, state, segment_ids)
-        out, memory = delta_rule(
-            l2_normalize(query),
-            l2_normalize(key),
-            value,
-            beta,
-            log_decay,
-            initial_state=state.memory,
-            **self.operation_options(segment_ids),
-        )
-        return out, self.leave_with(memory, conv, state, segment_ids)
+    def operate(self, query, key, value, beta, log_decay, **options):
+        query, key = l2_normalize(query), l2_normalize(key)
+        return delta_rule(query, key, value, beta, log_decay, **options)
 
     def finish(self, x, out):
         return super().finish(self.gate_in(x) if self.output_gate else x, out)
@@ -167,28 +148,21 @@ class GatedDeltaNet2(KimiDeltaAttention):
         self.erase = self.dense(key_heads * key_dim)
         self.write = self.dense(value_heads * value_dim)
 
-    def project(self, x):
+    def gates(self, x):
         erase = write_strength(self, self.erase(x))
-        write = self.write(x)
-        write = nn.sigmoid(write.astype(jnp.promote_types(write.dtype, jnp.float32)))
+        write = nn.sigmoid(widen(self.write(x)))
         self.sow("intermediates", "mean_write", write.mean())
         value_heads = self.dims()[2]
-        gates = split_heads(erase, self.heads), split_heads(write, value_heads)
-        return self.project_all(x), *gates, self.log_decay(x)
+        return split_heads(erase, self.heads), split_heads(write, value_heads), self.log_decay(x)
 
-    def mix(self, inputs, state, segment_ids):
-        mixed, erase, write, log_decay = inputs
-        state = enter(state, self.init_state(mixed.shape[0]), segment_ids)
-        query, key, value, conv = self.convolve(mixed, state, segment_ids)
+    def operate(self, query, key, value, erase, write, log_decay, **options):
         key = l2_normalize(key)
-        out, memory = delta_rule(
+        return delta_rule(
             l2_normalize(query),
             key,
             (write * value).astype(value.dtype),
             jnp.ones(value.shape[:3], write.dtype),
             log_decay,
             erase_key=(erase * key).astype(key.dtype),
-            initial_state=state.memory,
-            **self.operation_options(segment_ids),
+            **options,
         )
-        return out, self.leave_with(memory, conv, state, segment_ids)

@@ -3,11 +3,11 @@
 from typing import ClassVar
 
 import flax.linen as nn
-import jax.numpy as jnp
+import jax
 
-from memseq.layers.common.base import enter, state_dataclass
+from memseq.layers.common.base import state_dataclass
 from memseq.layers.common.matrix import MatrixLayer, MatrixState
-from memseq.layers.common.parts import split_heads
+from memseq.layers.common.parts import split_heads, widen
 from memseq.pallas_kernels import linear_attention
 from memseq.pallas_kernels.common.checks import check_count
 
@@ -44,10 +44,7 @@ class GatedLinearAttention(MatrixLayer):
     def setup(self):
         key_heads, key_dim, _, _ = self.dims()
         check_count("gate_rank", self.gate_rank, 1)
-        if not self.gate_normalizer > 0:
-            raise ValueError(
-                f"gate_normalizer: expected a positive number, got {self.gate_normalizer}"
-            )
+        check_gate_normalizer(self.gate_normalizer)
         self.setup_matrix("silu" if self.conv_width else None)
         self.decay_in = self.dense(self.gate_rank)
         self.decay_out = self.dense(key_heads * key_dim, use_bias=True)
@@ -62,23 +59,19 @@ class GatedLinearAttention(MatrixLayer):
             value_dim,
         )
 
-    def project(self, x):
-        gate = self.decay_out(self.decay_in(x))
-        gate = gate.astype(jnp.promote_types(gate.dtype, jnp.float32))
-        log_decay = nn.log_sigmoid(gate) / self.gate_normalizer
-        self.sow("intermediates", "mean_decay", jnp.exp(log_decay).mean())
-        return self.project_all(x), split_heads(log_decay, self.heads)
+    def gates(self, x):
+        log_decay = sigmoid_decay(self, self.decay_out(self.decay_in(x)))
+        return (split_heads(log_decay, self.heads),)
 
-    def mix(self, inputs, state, segment_ids):
-        mixed, log_decay = inputs
-        state = enter(state, self.init_state(mixed.shape[0]), segment_ids)
-        query, key, value, conv = self.convolve(mixed, state, segment_ids)
-        out, memory = linear_attention(
-            query,
-            key,
-            value,
-            log_decay,
-            initial_state=state.memory,
-            **self.operation_options(segment_ids),
-        )
-        return out, self.leave_with(memory, conv, state, segment_ids)
+    def operate(self, query, key, value, log_decay, **options):
+        return linear_attention(query, key, value, log_decay, **options)
+
+
+def check_gate_normalizer(gate_normalizer: float) -> None:
+    if not gate_normalizer > 0:
+        raise ValueError(f"gate_normalizer: expected a positive number, got {gate_normalizer}")
+
+
+def sigmoid_decay(layer: MatrixLayer, logits: jax.Array) -> jax.Array:
+    """log sigmoid(logits) / gate_normalizer, in float32 at least; sows the mean decay."""
+    return layer.sow_decay(nn.log_sigmoid(widen(logits)) / layer.gate_normalizer)

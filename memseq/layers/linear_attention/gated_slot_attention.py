@@ -9,6 +9,10 @@ import jax.numpy as jnp
 from memseq.layers.common.base import enter, state_dataclass
 from memseq.layers.common.matrix import MatrixLayer, MatrixState
 from memseq.layers.common.parts import merge_heads, split_heads
+from memseq.layers.linear_attention.gated_linear_attention import (
+    check_gate_normalizer,
+    sigmoid_decay,
+)
 from memseq.pallas_kernels import linear_attention
 from memseq.pallas_kernels.common.checks import check_count
 
@@ -49,10 +53,7 @@ class GatedSlotAttention(MatrixLayer):
 
     def setup(self):
         check_count("slots", self.slots, 1)
-        if not self.gate_normalizer > 0:
-            raise ValueError(
-                f"gate_normalizer: expected a positive number, got {self.gate_normalizer}"
-            )
+        check_gate_normalizer(self.gate_normalizer)
         self.setup_matrix()
         self.decay = self.dense(self.heads * self.slots)
 
@@ -61,14 +62,10 @@ class GatedSlotAttention(MatrixLayer):
         _, key_dim, heads, value_dim = self.dims()
         values = jnp.zeros((batch, heads, self.slots, value_dim), jnp.float32)
         keys = jnp.zeros((batch, heads, key_dim, self.slots), jnp.float32)
-        return self.STATE(**self.empty_parts(batch) | {"memory": values}, keys=keys)
+        return self.empty_state(batch, memory=values, keys=keys)
 
-    def project(self, x):
-        gate = self.decay(x)
-        gate = gate.astype(jnp.promote_types(gate.dtype, jnp.float32))
-        log_decay = nn.log_sigmoid(gate) / self.gate_normalizer
-        self.sow("intermediates", "mean_decay", jnp.exp(log_decay).mean())
-        return self.project_all(x), split_heads(log_decay, self.heads)
+    def gates(self, x):
+        return (split_heads(sigmoid_decay(self, self.decay(x)), self.heads),)
 
     def mix(self, inputs, state, segment_ids):
         mixed, log_decay = inputs
@@ -93,8 +90,7 @@ class GatedSlotAttention(MatrixLayer):
             initial_state=state.memory,
             **options,
         )
-        left = self.leave_parts(values, conv, state, segment_ids)
-        return out, self.STATE(**left, keys=keys)
+        return out, self.leave_with(state, segment_ids, memory=values, conv=conv, keys=keys)
 
     def finish(self, x, out):
         out = nn.silu(merge_heads(out))

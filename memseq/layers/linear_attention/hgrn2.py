@@ -6,9 +6,9 @@ from typing import ClassVar
 import flax.linen as nn
 import jax.numpy as jnp
 
-from memseq.layers.common.base import check_layer_index, enter, state_dataclass
+from memseq.layers.common.base import check_layer_index, state_dataclass
 from memseq.layers.common.matrix import MatrixLayer, MatrixState
-from memseq.layers.common.parts import merge_heads, split_heads
+from memseq.layers.common.parts import merge_heads, split_heads, widen
 from memseq.pallas_kernels import linear_attention
 
 
@@ -52,26 +52,14 @@ class HGRN2(MatrixLayer):
             _, key_dim, heads, _ = self.dims()
             self.bound_bias = self.param("bound_bias", start, (heads, key_dim))
 
-    def project(self, x):
-        return self.project_all(x)
-
-    def mix(self, inputs, state, segment_ids):
-        state = enter(state, self.init_state(inputs.shape[0]), segment_ids)
-        query, gate, value, conv = self.convolve(inputs, state, segment_ids)
-        log_decay = nn.log_sigmoid(gate.astype(jnp.promote_types(gate.dtype, jnp.float32)))
+    def operate(self, query, key, value, **options):
+        log_decay = nn.log_sigmoid(widen(key))
         if self.layer_index:  # log(bound + (1 - bound) sigmoid)
             bound = nn.log_sigmoid(self.bound_bias)
             log_decay = jnp.logaddexp(bound, nn.log_sigmoid(-self.bound_bias) + log_decay)
-        self.sow("intermediates", "mean_decay", jnp.exp(log_decay).mean())
-        out, memory = linear_attention(
-            nn.silu(query),
-            -jnp.expm1(log_decay).astype(value.dtype),
-            value,
-            log_decay,
-            initial_state=state.memory,
-            **self.operation_options(segment_ids),
-        )
-        return out, self.leave_with(memory, conv, state, segment_ids)
+        self.sow_decay(log_decay)
+        written = -jnp.expm1(log_decay).astype(value.dtype)
+        return linear_attention(nn.silu(query), written, value, log_decay, **options)
 
     def finish(self, x, out):
         return super().finish(x, split_heads(merge_heads(out), 1))

@@ -5,8 +5,9 @@ from typing import ClassVar
 import flax.linen as nn
 import jax.numpy as jnp
 
-from memseq.layers.common.base import enter, state_dataclass
+from memseq.layers.common.base import state_dataclass
 from memseq.layers.common.matrix import MatrixLayer, MatrixState
+from memseq.layers.common.parts import widen
 from memseq.layers.linear_attention.feature_maps import FEATURE_MAPS
 from memseq.pallas_kernels import linear_attention
 from memseq.pallas_kernels.common.checks import check_choice
@@ -64,29 +65,17 @@ class LinearAttention(MatrixLayer):
         check_choice("feature_map", self.feature_map, FEATURE_MAPS)
         size = FEATURE_MAPS[self.feature_map].size(key_dim), value_dim + int(self.normalize)
         memory = jnp.zeros((batch, heads, *size), jnp.float32)
-        return self.STATE(**self.empty_parts(batch) | {"memory": memory})
+        return self.empty_state(batch, memory=memory)
 
-    def project(self, x):
-        return self.project_all(x)
-
-    def mix(self, inputs, state, segment_ids):
-        state = enter(state, self.init_state(inputs.shape[0]), segment_ids)
-        query, key, value, conv = self.convolve(inputs, state, segment_ids)
-        if self.normalize:
-            # read-out and normaliser leave in float32: their quotient is taken before rounding
-            value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
-            value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
-        out, memory = linear_attention(
-            self.query_map(query),
-            self.key_map(key),
-            value,
-            scale=1.0 if self.normalize else None,
-            initial_state=state.memory,
-            **self.operation_options(segment_ids),
-        )
-        if self.normalize:
-            out = out[..., :-1] / jnp.maximum(out[..., -1:], 1e-6)
-        return out.astype(inputs.dtype), self.leave_with(memory, conv, state, segment_ids)
+    def operate(self, query, key, value, **options):
+        query, key, dtype = self.query_map(query), self.key_map(key), value.dtype
+        if not self.normalize:
+            return linear_attention(query, key, value, **options)
+        # read-out and normaliser leave in float32: their quotient is taken before rounding
+        value = widen(value)
+        value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
+        out, memory = linear_attention(query, key, value, scale=1.0, **options)
+        return (out[..., :-1] / jnp.maximum(out[..., -1:], 1e-6)).astype(dtype), memory
 
 
 @state_dataclass

@@ -65,15 +65,13 @@ class Retention(MatrixLayer):
 
     @nn.nowrap
     def init_state(self, batch: int, context: int | None = None) -> Any:
-        return self.STATE(**self.empty_parts(batch), position=jnp.zeros((batch,), jnp.int32))
-
-    def project(self, x):
-        return self.project_all(x)
+        return self.empty_state(batch, position=jnp.zeros((batch,), jnp.int32))
 
     def mix(self, inputs, state, segment_ids):
-        batch, time = inputs.shape[:2]
+        (mixed,) = inputs
+        batch, time = mixed.shape[:2]
         state = enter(state, self.init_state(batch), segment_ids)
-        query, key, value, conv = self.convolve(inputs, state, segment_ids)
+        query, key, value, conv = self.convolve(mixed, state, segment_ids)
         segs = Segments(jnp.ones((batch, time), bool), jnp.zeros((batch, time), jnp.int32))
         if segment_ids is not None:
             segs = segments(segment_ids)
@@ -83,15 +81,14 @@ class Retention(MatrixLayer):
             rotate(query, position, self.rope_base),
             rotate(key, position, self.rope_base),
             value,
-            jnp.asarray(self.log_decay(), jnp.promote_types(inputs.dtype, jnp.float32)),
+            jnp.asarray(self.log_decay(), jnp.promote_types(mixed.dtype, jnp.float32)),
             initial_state=state.memory,
             **self.operation_options(segment_ids),
         )
         current = segs.valid & (segs.index == segs.index[:, -1:])
         reached = jnp.max(jnp.where(current, position + 1, 0), axis=1, initial=0)
         reached = jnp.where(segs.valid.any(axis=1), reached, state.position)
-        left = self.leave_parts(memory, conv, state, segment_ids)
-        return out, self.STATE(**left, position=reached)
+        return out, self.leave_with(state, segment_ids, memory=memory, conv=conv, position=reached)
 
 
 @state_dataclass
@@ -134,18 +131,6 @@ class LightningAttention(MatrixLayer):
         slower = 1 - self.layer_index / self.num_layers
         return -8.0 / self.heads * np.arange(self.heads) * slower
 
-    def project(self, x):
-        return self.project_all(x)
-
-    def mix(self, inputs, state, segment_ids):
-        state = enter(state, self.init_state(inputs.shape[0]), segment_ids)
-        query, key, value, conv = self.convolve(inputs, state, segment_ids)
-        out, memory = linear_attention(
-            query,
-            key,
-            value,
-            jnp.asarray(self.log_decay(), jnp.promote_types(inputs.dtype, jnp.float32)),
-            initial_state=state.memory,
-            **self.operation_options(segment_ids),
-        )
-        return out, self.leave_with(memory, conv, state, segment_ids)
+    def operate(self, query, key, value, **options):
+        dtype = jnp.promote_types(query.dtype, jnp.float32)
+        return linear_attention(query, key, value, jnp.asarray(self.log_decay(), dtype), **options)

@@ -2,11 +2,12 @@
 
 from typing import ClassVar
 
-import flax.linen as nn
-import jax.numpy as jnp
-
-from memseq.layers.common.base import enter, state_dataclass
+from memseq.layers.common.base import state_dataclass
 from memseq.layers.common.matrix import MatrixLayer, MatrixState
+from memseq.layers.linear_attention.gated_linear_attention import (
+    check_gate_normalizer,
+    sigmoid_decay,
+)
 from memseq.pallas_kernels import linear_attention
 
 
@@ -38,30 +39,12 @@ class SimpleGatedLinearAttention(MatrixLayer):
     STATE: ClassVar[type] = SimpleGatedLinearAttentionState
 
     def setup(self):
-        if not self.gate_normalizer > 0:
-            raise ValueError(
-                f"gate_normalizer: expected a positive number, got {self.gate_normalizer}"
-            )
+        check_gate_normalizer(self.gate_normalizer)
         self.setup_matrix()
         self.decay = self.dense(self.heads)
 
-    def project(self, x):
-        gate = self.decay(x)
-        gate = gate.astype(jnp.promote_types(gate.dtype, jnp.float32))
-        log_decay = nn.log_sigmoid(gate) / self.gate_normalizer
-        self.sow("intermediates", "mean_decay", jnp.exp(log_decay).mean())
-        return self.project_all(x), log_decay
+    def gates(self, x):
+        return (sigmoid_decay(self, self.decay(x)),)
 
-    def mix(self, inputs, state, segment_ids):
-        mixed, log_decay = inputs
-        state = enter(state, self.init_state(mixed.shape[0]), segment_ids)
-        query, key, value, conv = self.convolve(mixed, state, segment_ids)
-        out, memory = linear_attention(
-            query,
-            key,
-            value,
-            log_decay,
-            initial_state=state.memory,
-            **self.operation_options(segment_ids),
-        )
-        return out, self.leave_with(memory, conv, state, segment_ids)
+    def operate(self, query, key, value, log_decay, **options):
+        return linear_attention(query, key, value, log_decay, **options)
