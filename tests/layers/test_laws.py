@@ -2,7 +2,9 @@
 
 1 streaming, 2 causality, 3 packing, 4 independence, 5 form, 6 transforms, 7 state. Adding a layer
 to `memseq.layers.REGISTRY` is enough to have it tested. Everything runs on two compiled calls per
-layer (21 steps and one step) as far as it can: compilation is what the tests cost.
+layer (21 steps and one step) as far as it can: compilation is what the tests cost. What needs
+programs of its own (`sampled`: other forms, transforms, meshes, artifacts) hangs on the operation
+more than on the layer, so the default run takes one layer of each operation; `-m slow` the others.
 """
 
 import functools
@@ -70,6 +72,20 @@ def case(name):
     params=list(REGISTRY), scope="module"
 )  # one layer after another, each compiled once
 def subject(request):
+    return case(request.param)
+
+
+def samples():
+    """Every layer, all but the first of each operation marked slow."""
+    seen = set()
+    for name, constructor in REGISTRY.items():
+        operation = constructor(FEATURES).OPERATION
+        yield pytest.param(name, marks=[pytest.mark.slow] if operation in seen else [])
+        seen.add(operation)
+
+
+@pytest.fixture(params=samples(), scope="module")
+def sampled(request):
     return case(request.param)
 
 
@@ -178,69 +194,76 @@ def test_independence(subject):
     close(one, two[:1], 1e-5)
 
 
-def test_form(subject):
+def test_form(sampled):
     """The chunked form and the reference, values and gradients, with borders and padding."""
     ids = jnp.asarray(IDS, jnp.int32)
-    reference = subject.layer.clone(implementation="reference")
-    y, state = jax.jit(reference.apply)(subject.params, subject.x, subject.empty, ids)
-    got, got_state = subject.call(subject.params, subject.x, subject.empty, ids)
+    reference = sampled.layer.clone(implementation="reference")
+    y, state = jax.jit(reference.apply)(sampled.params, sampled.x, sampled.empty, ids)
+    got, got_state = sampled.call(sampled.params, sampled.x, sampled.empty, ids)
     close(got[IDS >= 0], y[IDS >= 0])
     jax.tree.map(close, got_state, state)
-    cotangent = jnp.cos(jnp.arange(subject.x.size).reshape(subject.x.shape))
-    want = subject.pull_of(reference)(subject.params, subject.x, ids, cotangent)
-    got = subject.pull(subject.params, subject.x, ids, cotangent)
+    cotangent = jnp.cos(jnp.arange(sampled.x.size).reshape(sampled.x.shape))
+    want = sampled.pull_of(reference)(sampled.params, sampled.x, ids, cotangent)
+    got = sampled.pull(sampled.params, sampled.x, ids, cotangent)
     jax.tree.map(lambda a, b: close(a, b, 1e-4), got, want)
 
 
-def test_transforms(subject):
+def test_transforms(sampled):
     """jit(grad(vmap(remat(scan over layers)))) is what the layers give one by one."""
-    stacked = jax.tree.map(lambda a: jnp.stack([a, 0.9 * a]), subject.params)
+    stacked = jax.tree.map(lambda a: jnp.stack([a, 0.9 * a]), sampled.params)
 
     def loss(params, x):
         @jax.checkpoint
         def body(x, params):
-            y, _ = subject.layer.apply(params, x)
+            y, _ = sampled.layer.apply(params, x)
             return x + y, None
 
         y = jax.vmap(lambda x: jax.lax.scan(body, x, params)[0])(x[:, None])
         return jnp.sum(jnp.sin(y)), y
 
     (_, y), (grads, dx) = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(
-        stacked, subject.x
+        stacked, sampled.x
     )
     first, second = (jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(2))
-    middle = subject.x + subject.whole[0]
-    last = middle + subject.call(second, middle)[0]
+    middle = sampled.x + sampled.whole[0]
+    last = middle + sampled.call(second, middle)[0]
     close(y[:, 0], last)
     ids = jnp.zeros((2, TIME), jnp.int32)
-    d_second, through = subject.pull(second, middle, ids, jnp.cos(last))
+    d_second, through = sampled.pull(second, middle, ids, jnp.cos(last))
     d_middle = jnp.cos(last) + through
-    d_first, through = subject.pull(first, subject.x, ids, d_middle)
+    d_first, through = sampled.pull(first, sampled.x, ids, d_middle)
     close(dx, d_middle + through, 1e-4)
     want = jax.tree.map(lambda *a: jnp.stack(a), d_first, d_second)
     jax.tree.map(lambda a, b: close(a, b, 1e-4), grads, want)
 
 
-def test_sharded(subject):
+def test_sharded(sampled):
     """jit over a mesh that splits the batch on one axis, and features and heads on another."""
     mesh = make_mesh("data=2,tensor=2", jax.devices()[:4])
-    params = jax.device_put(subject.params, tree_shardings(subject.params, mesh))
+    params = jax.device_put(sampled.params, tree_shardings(sampled.params, mesh))
     assert any("tensor" in a.sharding.spec for a in jax.tree.leaves(params))
-    x = jax.device_put(subject.x, batch_sharding(mesh))
+    x = jax.device_put(sampled.x, batch_sharding(mesh))
     with jax.set_mesh(mesh):
-        y, _ = subject.call(params, x)
-    close(y, subject.whole[0])
+        y, _ = sampled.call(params, x)
+    close(y, sampled.whole[0])
 
 
-@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
-def test_export(subject, platform):
-    """One artifact a platform; the one for this platform gives the same values."""
+def export(subject, platform):
     arguments = (subject.params, subject.x, subject.empty, jnp.asarray(IDS, jnp.int32))
-    exported = jax.export.export(subject.call, platforms=[platform])(*arguments)
-    assert exported.platforms == (platform,)
-    if platform == "cpu":
-        restored = jax.export.deserialize(exported.serialize())
-        jax.tree.map(close, restored.call(*arguments), subject.call(*arguments))
+    return jax.export.export(subject.call, platforms=[platform])(*arguments), arguments
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_export(subject, platform):
+    """One artifact a platform."""
+    assert export(subject, platform)[0].platforms == (platform,)
+
+
+def test_exported_values(sampled):
+    """The artifact for this platform, written and read, gives the same values."""
+    exported, arguments = export(sampled, "cpu")
+    restored = jax.export.deserialize(exported.serialize())
+    jax.tree.map(close, restored.call(*arguments), sampled.call(*arguments))
 
 
 def test_state(subject):
