@@ -51,7 +51,9 @@ RULES = (
     Rule(r"(out|output|down)/kernel", ("tensor", "fsdp"), True, True),
     Rule(r"head/kernel", ("fsdp", "tensor"), True),  # Adam: rows of rare classes see few gradients
     Rule(r"\w+/kernel", ("fsdp", "tensor"), True, True),
-    Rule(r"scale|bias|\w+_bias|A_log|D|sinks|\w*decay\w*|\w*initial\w*|\w+_map/\w+_kernel", ()),
+    Rule(
+        r"scale|bias|\w+_bias|\w+_log|[A-D]|sinks|\w*decay\w*|\w*initial\w*|\w+_map/\w+_kernel", ()
+    ),
 )
 
 

@@ -45,6 +45,7 @@ class SequenceLayer(nn.Module):
     PAPER: ClassVar[str]
     MEMORY: ClassVar[str]
     OPERATION: ClassVar[str]
+    STATE: ClassVar[type]
     SHARES: ClassVar[bool] = False
 
     def __call__(
@@ -95,6 +96,16 @@ class SequenceLayer(nn.Module):
     def init_state(self, batch: int, context: int | None = None) -> Any:
         """An empty state. `context`: positions to hold, for layers that store them one by one."""
         raise NotImplementedError(f"{type(self).__name__} has no init_state")
+
+    def leave_with(self, state: Any, segment_ids: jax.Array | None, **fields: jax.Array) -> Any:
+        """The state after this call, which was entered with `state`: `fields` and the segment."""
+        self.sow("intermediates", "memory_norm", jnp.sqrt(jnp.mean(fields["memory"] ** 2)))
+        return self.STATE(**fields, segment=leave(state, segment_ids))
+
+    def sow_decay(self, log_decay: jax.Array) -> jax.Array:
+        """The log decay as it came; sows the mean of what is kept a step."""
+        self.sow("intermediates", "mean_decay", jnp.exp(log_decay).mean())
+        return log_decay
 
     @nn.nowrap
     def state_bytes(self, batch: int = 1, context: int | None = None) -> int:

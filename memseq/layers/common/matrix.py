@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from memseq.layers.common.base import SequenceLayer, enter, leave, no_segment, state_dataclass
+from memseq.layers.common.base import SequenceLayer, enter, no_segment, state_dataclass
 from memseq.layers.common.parts import RMSNorm, ShortConv, conv_tail, merge_heads, split_heads
 from memseq.pallas_kernels.common.checks import check_choice
 
@@ -153,16 +153,6 @@ class MatrixLayer(SequenceLayer):
             split_heads(value, writes * heads),
             conv,
         )
-
-    def leave_with(self, state: Any, segment_ids: jax.Array | None, **fields: jax.Array) -> Any:
-        """The state after this call, which was entered with `state`: `fields` and the segment."""
-        self.sow("intermediates", "memory_norm", jnp.sqrt(jnp.mean(fields["memory"] ** 2)))
-        return self.STATE(**fields, segment=leave(state, segment_ids))
-
-    def sow_decay(self, log_decay: jax.Array) -> jax.Array:
-        """The log decay as it came; sows the mean of what is kept a step."""
-        self.sow("intermediates", "mean_decay", jnp.exp(log_decay).mean())
-        return log_decay
 
     def finish(self, x: jax.Array, out: jax.Array) -> jax.Array:
         if self.norm is not None:
