@@ -21,6 +21,10 @@ from memseq.layers.linear_attention.retention import LightningAttention, Retenti
 from memseq.layers.linear_attention.simple_gated_linear_attention import (
     SimpleGatedLinearAttention,
 )
+from memseq.layers.recurrent.gated import HGRN, MinGRU, MinLSTM
+from memseq.layers.recurrent.griffin import RGLRU, Hawk
+from memseq.layers.state_space.lru import LRU
+from memseq.layers.state_space.mamba import Mamba
 from memseq.layers.state_space.mamba2 import Mamba2
 
 # Every causal sequence layer by name; each constructor works with `features` alone.
@@ -41,7 +45,14 @@ REGISTRY = {
     "delta_product": DeltaProduct,
     "gated_delta_product": GatedDeltaProduct,
     "comba": Comba,
+    "mamba": Mamba,
     "mamba2": Mamba2,
+    "lru": LRU,
+    "rglru": RGLRU,
+    "hawk": Hawk,
+    "min_gru": MinGRU,
+    "min_lstm": MinLSTM,
+    "hgrn": HGRN,
 }
 SET_LAYERS: dict = {}
 CHANNEL_LAYERS: dict = {}
@@ -50,8 +61,11 @@ CROSS_LAYERS: dict = {}
 __all__ = [
     "CHANNEL_LAYERS",
     "CROSS_LAYERS",
+    "HGRN",
     "HGRN2",
+    "LRU",
     "REGISTRY",
+    "RGLRU",
     "SET_LAYERS",
     "Based",
     "Comba",
@@ -62,10 +76,14 @@ __all__ = [
     "GatedDeltaProduct",
     "GatedLinearAttention",
     "GatedSlotAttention",
+    "Hawk",
     "KimiDeltaAttention",
     "LightningAttention",
     "LinearAttention",
+    "Mamba",
     "Mamba2",
+    "MinGRU",
+    "MinLSTM",
     "Retention",
     "SequenceLayer",
     "SimpleGatedLinearAttention",

@@ -141,7 +141,11 @@ def rms_norm(x, scale):
     return x / np.sqrt(np.mean(x**2) + 1e-5) * scale
 
 
-def short_conv(x, kernel, bias=0.0):
+def gelu(x):
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def short_conv(x, kernel, bias=0.0, activation=silu):
     """y_t = silu(bias + sum_w kernel_w x_{t - width + 1 + w}) over x [time, channels]."""
     width = len(kernel)
     y = np.zeros_like(x)
@@ -150,7 +154,18 @@ def short_conv(x, kernel, bias=0.0):
         for w in range(width):
             if t - width + 1 + w >= 0:
                 y[t] += kernel[w] * x[t - width + 1 + w]
-    return silu(y)
+    return activation(y) if activation else y
+
+
+def gated_linear_unit(params, y):
+    """(W g + w) * sigmoid(V g + v), g = gelu(y), where it has params."""
+    if "output" not in params:
+        return y
+    g = gelu(y)
+    output, gate = (
+        g @ params[name]["kernel"] + params[name]["bias"] for name in ("output", "gate")
+    )
+    return output * sigmoid(gate)
 
 
 def query_key_value(params, x, key_heads, heads, activation=False):

@@ -1,0 +1,1 @@
+"""Recurrent memories of vectors: gated, with or without nonlinear feedback."""
