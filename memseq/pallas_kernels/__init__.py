@@ -4,8 +4,10 @@ from memseq.pallas_kernels.attention import attention
 from memseq.pallas_kernels.causal_conv import causal_conv
 from memseq.pallas_kernels.delta_rule import delta_rule
 from memseq.pallas_kernels.diagonal_plus_low_rank import diagonal_plus_low_rank
+from memseq.pallas_kernels.entmax import entmax, k_subsets, softmax_n, sparsemax
 from memseq.pallas_kernels.linear_attention import linear_attention
 from memseq.pallas_kernels.linear_scan import linear_scan
+from memseq.pallas_kernels.ridge_readout import ridge_readout
 from memseq.pallas_kernels.selective_scan import selective_scan
 
 __all__ = [
@@ -13,7 +15,12 @@ __all__ = [
     "causal_conv",
     "delta_rule",
     "diagonal_plus_low_rank",
+    "entmax",
+    "k_subsets",
     "linear_attention",
     "linear_scan",
+    "ridge_readout",
     "selective_scan",
+    "softmax_n",
+    "sparsemax",
 ]
