@@ -42,7 +42,8 @@ def entmax(x: jax.Array, alpha=1.5, *, where: jax.Array | None = None) -> jax.Ar
         ValueError: for an alpha outside [1, 2], shapes or dtypes that do not fit.
     """
     wide, part = enter(x, where)
-    return _entmax(wide, row_parameter("alpha", _checked(alpha), wide), part).astype(jnp.result_type(x))
+    p = _entmax(wide, row_parameter("alpha", _checked(alpha), wide), part)
+    return p.astype(jnp.result_type(x))
 
 
 def sparsemax(x: jax.Array, *, where: jax.Array | None = None) -> jax.Array:
