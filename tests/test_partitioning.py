@@ -21,6 +21,8 @@ CASES = [
     ("params/head/kernel", (32, 258), ("fsdp", "tensor"), True, False),
     ("params/layers/mixer/conv/kernel", (3, 4, 64), (None, None, "tensor"), False, False),
     ("params/layers/mixer/norm/scale", (3, 64), (), False, False),
+    ("params/layers/mixer/key_scale", (3, 64), (), False, False),
+    ("params/layers/mixer/bonus", (3, 4, 16), (), False, False),
     ("params/layers/mixer/gate/A_log", (3, 4), (), False, False),
     ("params/layers/mixer/gate/dt_bias", (3, 4), (), False, False),
     ("params/layers/mixer/gain_log", (3, 64), (), False, False),

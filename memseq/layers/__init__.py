@@ -13,6 +13,7 @@ from memseq.layers.delta_rule.delta_net import DeltaNet
 from memseq.layers.delta_rule.delta_product import DeltaProduct, GatedDeltaProduct
 from memseq.layers.delta_rule.gated_delta_net import GatedDeltaNet
 from memseq.layers.delta_rule.kimi_delta_attention import GatedDeltaNet2, KimiDeltaAttention
+from memseq.layers.delta_rule.rwkv7 import RWKV7
 from memseq.layers.linear_attention.gated_linear_attention import GatedLinearAttention
 from memseq.layers.linear_attention.gated_slot_attention import GatedSlotAttention
 from memseq.layers.linear_attention.hgrn2 import HGRN2
@@ -45,6 +46,7 @@ REGISTRY = {
     "delta_product": DeltaProduct,
     "gated_delta_product": GatedDeltaProduct,
     "comba": Comba,
+    "rwkv7": RWKV7,
     "mamba": Mamba,
     "mamba2": Mamba2,
     "lru": LRU,
@@ -66,6 +68,7 @@ __all__ = [
     "LRU",
     "REGISTRY",
     "RGLRU",
+    "RWKV7",
     "SET_LAYERS",
     "Based",
     "Comba",

@@ -114,8 +114,15 @@ class SequenceLayer(nn.Module):
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
     @nn.nowrap
-    def dense(self, features: int, use_bias: bool = False) -> nn.Dense:
-        return nn.Dense(features, use_bias=use_bias, dtype=self.dtype, param_dtype=self.param_dtype)
+    def dense(self, features: int, use_bias: bool = False, **options: Any) -> nn.Dense:
+        """A projection in the layer's dtypes; `options` are those of `nn.Dense`."""
+        return nn.Dense(
+            features,
+            use_bias=use_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            **options,
+        )
 
     @nn.nowrap
     def activation_dtype(self) -> Any:

@@ -1,5 +1,6 @@
 """Norms, short convolution and gates."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -18,6 +19,11 @@ def l2_normalize(x: jax.Array, eps: float = 1e-6) -> jax.Array:
     """x / sqrt(sum x^2 + eps) over the last axis, computed in float32 at least."""
     wide = widen(x)
     return (wide * jax.lax.rsqrt(jnp.sum(wide * wide, -1, keepdims=True) + eps)).astype(x.dtype)
+
+
+def uniform_within(bound: float) -> Callable[..., jax.Array]:
+    """An initialiser: uniform in +- bound."""
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 class RMSNorm(nn.Module):
@@ -56,11 +62,7 @@ class ShortConv(nn.Module):
     def __call__(self, x, tail, segment_ids):
         if self.width == 0:
             return x if self.activation is None else nn.silu(x), tail
-        bound = self.width**-0.5
-
-        def uniform(key, shape, dtype):
-            return jax.random.uniform(key, shape, dtype, -bound, bound)
-
+        uniform = uniform_within(self.width**-0.5)
         kernel = self.param("kernel", uniform, (self.width, self.channels), self.param_dtype)
         bias = None
         if self.use_bias:
