@@ -41,6 +41,9 @@ from memseq.pallas_kernels.linear_attention import shapes as linear_attention_sh
 from memseq.pallas_kernels.linear_scan import FORMS as LINEAR_SCAN
 from memseq.pallas_kernels.linear_scan import linear_scan
 from memseq.pallas_kernels.linear_scan import shapes as linear_scan_shapes
+from memseq.pallas_kernels.ridge_readout import FORMS as RIDGE_READOUT
+from memseq.pallas_kernels.ridge_readout import ridge_readout
+from memseq.pallas_kernels.ridge_readout import shapes as ridge_readout_shapes
 from memseq.pallas_kernels.selective_scan import FORMS as SELECTIVE_SCAN
 from memseq.pallas_kernels.selective_scan import selective_scan
 from memseq.pallas_kernels.selective_scan import shapes as selective_scan_shapes
@@ -88,6 +91,14 @@ OPERATIONS = {
         diagonal_plus_low_rank_shapes,
         lambda a: diagonal_plus_low_rank_shapes.Shape(
             a.batch, a.time, a.heads, a.heads, a.dim, a.dim
+        ),
+    ),
+    "ridge_readout": Operation(
+        ridge_readout,
+        RIDGE_READOUT,
+        ridge_readout_shapes,
+        lambda a: ridge_readout_shapes.Shape(
+            a.batch, a.time, a.heads, a.heads, a.dim, a.dim, "step"
         ),
     ),
     "linear_scan": Operation(

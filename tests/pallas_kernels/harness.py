@@ -115,8 +115,8 @@ def check_16_bit(operation, inputs, options, rng):
 
     The measure is float64 on the same rounded inputs.
     """
-    narrow = {k: jnp.asarray(x, jnp.bfloat16) for k, x in inputs.items()}
-    wide = {k: np.asarray(x, np.float64) for k, x in narrow.items()}
+    narrow = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), inputs)
+    wide = jax.tree.map(lambda x: np.asarray(x, np.float64), narrow)
 
     def call(form):
         return with_gradients(lambda x: operation(**x, **options, implementation=form))

@@ -16,8 +16,10 @@ from memseq.pallas_kernels import (
     diagonal_plus_low_rank,
     linear_attention,
     linear_scan,
+    ridge_readout,
     selective_scan,
 )
+from memseq.pallas_kernels.bench import OPERATIONS as BENCH
 from memseq.pallas_kernels.common import chunks
 from tests.pallas_kernels.harness import (
     assert_close,
@@ -62,6 +64,19 @@ def diagonal_plus_low_rank_inputs(rng):
     return inputs | {"a": -unit, "b": strength * unit}
 
 
+def ridge_readout_inputs(rng):
+    inputs = linear_attention_inputs(rng)
+    del inputs["bonus"]
+    lead = (BATCH, TIME, HEADS)
+    roots = rng.normal(size=(BATCH, HEADS, DIM, DIM))
+    return inputs | {
+        "log_decay": hard_decay(rng, lead),
+        "beta": rng.uniform(size=lead),
+        "ridge": rng.uniform(0.25, 1.0, size=(HEADS, DIM)),
+        "initial_state": (roots @ roots.swapaxes(-1, -2), inputs["initial_state"]),
+    }
+
+
 def linear_scan_inputs(rng):
     lead = (BATCH, TIME, 3)
     return {
@@ -102,12 +117,14 @@ OPERATIONS = {
         diagonal_plus_low_rank_inputs,
         {"chunk_size": 8},
     ),
+    "ridge_readout": (ridge_readout, ridge_readout_inputs, {"chunk_size": 8, "iterations": 9}),
     "linear_scan": (linear_scan, linear_scan_inputs, {"chunk_size": 8}),
     "selective_scan": (selective_scan, selective_scan_inputs, {"chunk_size": 8}),
     "causal_conv": (causal_conv, causal_conv_inputs, {"activation": "silu"}),
 }
-MATRIX = ("linear_attention", "delta_rule", "diagonal_plus_low_rank")  # go by chunk on a CPU
-SHARED = ("bonus", "kernel", "bias", "A", "D")  # the arguments without a batch axis
+# these go by chunk on a CPU
+MATRIX = ("linear_attention", "delta_rule", "diagonal_plus_low_rank", "ridge_readout")
+SHARED = ("bonus", "kernel", "bias", "A", "D", "ridge")  # the arguments without a batch axis
 
 
 class Operation:
@@ -117,7 +134,7 @@ class Operation:
         self.function, build, self.options = OPERATIONS[name]
         self.form = form
         self.rng = np.random.default_rng(0)
-        self.inputs = {k: x.astype(np.float32) for k, x in build(self.rng).items()}
+        self.inputs = jax.tree.map(lambda x: x.astype(np.float32), build(self.rng))
         self.by_time = [k for k in self.inputs if k not in (*SHARED, "initial_state")]
         self.cotangents = cotangents_like(self.rng, jax.eval_shape(self.call, self.inputs))
         self.compiled = jax.jit(
@@ -137,7 +154,7 @@ class Operation:
 
     def changed(self, where):
         """The inputs with other values at [row, time], decays and strengths included."""
-        inputs = {k: x.copy() for k, x in self.inputs.items()}
+        inputs = jax.tree.map(np.copy, self.inputs)
         for name in self.by_time:
             inputs[name][where] = np.roll(inputs[name][where], 1, axis=-2) * 0.5
         return inputs
@@ -146,11 +163,12 @@ class Operation:
         """The cotangents of the outputs at `keep` [batch, time] and, if so, of the state."""
         out, last = self.cotangents
         keep = keep.reshape(*keep.shape, *[1] * (out.ndim - 2))
-        return np.where(keep, out, 0), last if state else 0 * last
+        return np.where(keep, out, 0), last if state else jax.tree.map(np.zeros_like, last)
 
 
 def forms(name):
-    return [form for form in FORMS if form != "by chunk" or name in MATRIX]
+    available = (*BENCH[name].forms.available, *(["by chunk"] if name in MATRIX else []))
+    return [form for form in FORMS if form in available]
 
 
 def case(name, form):
@@ -162,6 +180,11 @@ def case(name, form):
 @pytest.fixture(scope="module", params=[case(n, f) for n in OPERATIONS for f in forms(n)])
 def operation(request):
     return Operation(*request.param)
+
+
+def row(tree, number=0):
+    """One row of a batch, in all leaves of a tree."""
+    return jax.tree.map(lambda x: np.asarray(x)[number : number + 1], tree)
 
 
 ONE_SEGMENT = np.zeros((BATCH, TIME), np.int32)
@@ -177,7 +200,8 @@ def test_the_future_changes_nothing(operation):
             later = operation.changed(np.s_[:, now:])
             (other, other_state), others = operation.run(later, cotangents, ids)
             assert (np.asarray(out)[:, now:] != np.asarray(other)[:, now:]).any()
-            assert (np.asarray(state) != np.asarray(other_state)).any()
+            for before, after in zip(*map(jax.tree.leaves, (state, other_state)), strict=True):
+                assert (np.asarray(before) != np.asarray(after)).any()
             assert_same(other[:, :now], out[:, :now])
             for name, gradient in gradients.items():
                 if name in operation.by_time:
@@ -190,10 +214,10 @@ def test_the_future_changes_nothing(operation):
 def test_rows_of_a_batch_are_alone(operation):
     outputs, gradients = operation.run(operation.inputs, operation.cotangents, PACKED)
     others = operation.run(operation.changed(np.s_[1:]), operation.cotangents, PACKED)
-    assert_same([x[:1] for x in others[0]], [x[:1] for x in outputs])
+    assert_same(row(others[0]), row(outputs))
     for name in gradients:
         if name not in SHARED:
-            assert_same(others[1][name][:1], gradients[name][:1], name)
+            assert_same(row(others[1][name]), row(gradients[name]), name)
 
 
 def test_segments_are_alone(operation):
@@ -208,14 +232,15 @@ def test_segments_are_alone(operation):
             assert (gradient[inside] != 0).any(), name
             assert_same(gradient[~inside], np.zeros_like(gradient[~inside]), name)
         # the initial state continues the first segment only
-        assert (np.asarray(gradients["initial_state"][0]) != 0).any() == (index == 0)
+        for gradient in jax.tree.leaves(row(gradients["initial_state"])):
+            assert (gradient != 0).any() == (index == 0)
 
 
 def test_padding_is_invisible(operation):
     (out, _), gradients = operation.run(operation.inputs, operation.cotangents, PACKED)
     for x in (out, *(gradients[name] for name in operation.by_time)):
         assert_same(np.asarray(x)[PACKED < 0], np.zeros_like(np.asarray(x)[PACKED < 0]))
-    inputs = {k: x.copy() for k, x in operation.inputs.items()}
+    inputs = jax.tree.map(np.copy, operation.inputs)
     for name in operation.by_time:
         inputs[name][PACKED < 0] = np.nan
     assert_same(
@@ -229,25 +254,31 @@ def test_packed_equals_separate(operation):
     packed_ids = np.stack([IDS] + [np.full(TIME, -1, np.int32)] * (BATCH - 1))
     outputs, gradients = operation.run(operation.inputs, operation.cotangents, packed_ids)
     parts = [np.flatnonzero(IDS[a:b] >= 0) + a for a, b in [(0, 11), (11, 28), (28, 40)]]
-    rows = {k: x.copy() for k, x in operation.inputs.items()}
-    out_cotangent, state_cotangent = (x.copy() for x in operation.cotangents)
+    rows = jax.tree.map(np.copy, operation.inputs)
+    out_cotangent, state_cotangent = jax.tree.map(np.copy, operation.cotangents)
     ids = np.full((BATCH, TIME), -1, np.int32)
-    for row, part in enumerate(parts):
-        ids[row, : len(part)] = 7
+    for number, part in enumerate(parts):
+        ids[number, : len(part)] = 7
         for name in operation.by_time:
-            rows[name][row, : len(part)] = operation.inputs[name][0, part]
-        out_cotangent[row, : len(part)] = operation.cotangents[0][0, part]
-    rows["initial_state"][1:] = 0
-    state_cotangent[:] = 0
-    state_cotangent[len(parts) - 1] = operation.cotangents[1][0]
+            rows[name][number, : len(part)] = operation.inputs[name][0, part]
+        out_cotangent[number, : len(part)] = operation.cotangents[0][0, part]
+    last = len(parts) - 1
+    for x in jax.tree.leaves(rows["initial_state"]):
+        x[1:] = 0
+    for x, whole in zip(
+        *map(jax.tree.leaves, (state_cotangent, operation.cotangents[1])), strict=True
+    ):
+        x[:] = 0
+        x[last] = whole[0]
     separate = operation.run(rows, (out_cotangent, state_cotangent), ids)
-    for row, part in enumerate(parts):
-        assert_close(outputs[0][0, part], separate[0][0][row, : len(part)], 2e-5, f"part {row}")
+    for number, part in enumerate(parts):
+        label = f"part {number}"
+        assert_close(outputs[0][0, part], separate[0][0][number, : len(part)], 2e-5, label)
         for name in operation.by_time:
-            found = separate[1][name][row, : len(part)]
-            assert_close(gradients[name][0, part], found, 1e-4, f"part {row}, {name}")
-    assert_close(outputs[1][0], separate[0][1][len(parts) - 1], 2e-5, "state")
-    assert_close(gradients["initial_state"][0], separate[1]["initial_state"][0], 1e-4)
+            found = separate[1][name][number, : len(part)]
+            assert_close(gradients[name][0, part], found, 1e-4, f"{label}, {name}")
+    assert_close(row(outputs[1]), row(separate[0][1], last), 2e-5, "state")
+    assert_close(row(gradients["initial_state"]), row(separate[1]["initial_state"]), 1e-4)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -304,9 +335,13 @@ def test_transforms(name):
         def call(x):
             return operation.call(x, segment_ids=None)
 
+        def add(y):
+            return y[None]
+
         def one_row(x):
             return jax.tree.map(
-                lambda y: y[0], call({k: v if k in SHARED else v[None] for k, v in x.items()})
+                lambda y: y[0],
+                call({k: v if k in SHARED else jax.tree.map(add, v) for k, v in x.items()}),
             )
 
         def sharded(x):
@@ -315,7 +350,8 @@ def test_transforms(name):
             return jax.shard_map(call, mesh=mesh, in_specs=(specs,), out_specs=rows)(x)
 
         def loss(x):
-            return sum((c * y).sum() for c, y in zip(operation.cotangents, call(x), strict=True))
+            both = zip(*map(jax.tree.leaves, (operation.cotangents, call(x))), strict=True)
+            return sum((c * y).sum() for c, y in both)
 
         def run(x, direction):
             axes = {k: None if k in SHARED else 0 for k in x}
@@ -333,7 +369,7 @@ def test_transforms(name):
 
     last = "by chunk" if name in MATRIX else "chunked"
     operations = [Operation(name, form) for form in ("reference", last)]
-    inputs = {k: x.astype(np.float64) for k, x in operations[0].inputs.items()}
+    inputs = jax.tree.map(lambda x: x.astype(np.float64), operations[0].inputs)
     direction = cotangents_like(operations[0].rng, inputs)
     with jax.enable_x64(True):
         (reference, plain), (chunked, _) = map(everything, operations)
@@ -350,10 +386,13 @@ def test_transforms(name):
     assert_close(b["vmap"], c[0], 1e-9)
     assert_close(b["shard_map"], d, 1e-9)
     # the derivative along a direction, once forward and once backward
-    pairs = zip(a["jvp"], cotangents, strict=True)
-    forward = sum((np.asarray(x) * y).sum() for x, y in pairs)
-    backward = sum((np.asarray(c[1][k]) * direction[k]).sum() for k in inputs)
-    np.testing.assert_allclose(forward, backward, rtol=1e-9)
+    np.testing.assert_allclose(inner(a["jvp"], cotangents), inner(c[1], direction), rtol=1e-9)
+
+
+def inner(a, b):
+    """The sum of all products of two trees."""
+    pairs = zip(*map(jax.tree.leaves, (a, b)), strict=True)
+    return sum((np.asarray(x) * y).sum() for x, y in pairs)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -362,13 +401,15 @@ def test_memory_is_linear_in_time_and_the_program_does_not_grow(name):
     inputs = build(np.random.default_rng(0))
 
     def program(time):
-        shapes = {
-            k: jax.ShapeDtypeStruct([time if n == TIME else n for n in x.shape], np.float32)
-            for k, x in inputs.items()
-        }
-        call = jax.value_and_grad(
-            lambda x: sum(y.sum() for y in function(**x, **options, implementation="chunked"))
-        )
+        def longer(x):
+            return jax.ShapeDtypeStruct([time if n == TIME else n for n in x.shape], np.float32)
+
+        def loss(x):
+            outputs = function(**x, **options, implementation="chunked")
+            return sum(y.sum() for y in jax.tree.leaves(outputs))
+
+        shapes = jax.tree.map(longer, inputs)
+        call = jax.value_and_grad(loss)
         return jax.jit(call).lower(shapes)
 
     short, long = program(512), program(2048)

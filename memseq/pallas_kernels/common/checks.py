@@ -90,27 +90,39 @@ def check_state(
     shape: tuple[int, ...],
     dtype: jnp.dtype,
     layout: str = "[batch, heads, key_dim, value_dim]",
+    name: str = "initial_state",
 ) -> jax.Array:
     """The initial state in `dtype`, zeros for None."""
     if state is None:
         return jnp.zeros(shape, dtype)
-    check_array("initial_state", state, shape, layout)
+    check_array(name, state, shape, layout)
     return state.astype(dtype)
 
 
 def check_log_decay(
-    log_decay: jax.Array | None, batch: int, time: int, heads: int, key_dim: int, dtype: jnp.dtype
+    log_decay: jax.Array | None,
+    batch: int,
+    time: int,
+    heads: int,
+    key_dim: int | None,
+    dtype: jnp.dtype,
 ) -> jax.Array | None:
-    """The decay in `dtype`, [batch, time, heads] or [batch, time, heads, key_dim], or None."""
+    """The decay in `dtype`, [batch, time, heads] or [batch, time, heads, key_dim], or None.
+
+    key_dim None: key channels cannot have decays of their own.
+    """
     if log_decay is None:
         return None
     check_floating("log_decay", log_decay)
-    by_step = (batch, time, heads)
-    if log_decay.shape not in ((heads,), by_step, (*by_step, key_dim)):
+    wanted = {"[heads]": (heads,), "[batch, time, heads]": (batch, time, heads)}
+    if key_dim is not None:
+        wanted["[batch, time, heads, key_dim]"] = (batch, time, heads, key_dim)
+    if log_decay.shape not in wanted.values():
+        *first, last = (f"{layout} = {list(shape)}" for layout, shape in wanted.items())
         raise ValueError(
-            f"log_decay: expected [heads] = [{heads}], [batch, time, heads] = {list(by_step)} or "
-            f"[batch, time, heads, key_dim] = {[*by_step, key_dim]}, "
-            f"got shape {list(log_decay.shape)}"
+            f"log_decay: expected {', '.join(first)} or {last}, got shape {list(log_decay.shape)}"
         )
     log_decay = log_decay.astype(dtype)
-    return jnp.broadcast_to(log_decay, by_step) if log_decay.ndim == 1 else log_decay
+    if log_decay.ndim == 1:
+        return jnp.broadcast_to(log_decay, (batch, time, heads))
+    return log_decay

@@ -1,0 +1,322 @@
+"""`ridge_readout`: its forms against exact solutions, and what conjugate gradients reach."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from memseq.pallas_kernels import linear_attention, ridge_readout
+from memseq.pallas_kernels.ridge_readout import RidgeState
+from memseq.pallas_kernels.ridge_readout.chunked import conjugate_gradients
+from memseq.pallas_kernels.ridge_readout.shapes import SHAPES, Shape, example, forward_products
+from tests.pallas_kernels import oracles_readout
+from tests.pallas_kernels.harness import (
+    assert_close,
+    check_16_bit,
+    check_agreement,
+    correlated_keys,
+    hard_decay,
+    packed_ids,
+    with_gradients,
+)
+from tests.pallas_kernels.test_bench import multiply_adds
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """decay: None, "head" or "step"; ridge: the least; longest: of packed segments."""
+
+    time: int
+    decay: str | None = None
+    cosine: float = 0.5
+    ridge: float = 0.25
+    longest: int | None = None
+    batch: int = 2
+    key_heads: int = 2
+    heads: int = 2
+    chunk_size: int | None = None
+    scale: float | None = None
+    iterations: int = 30
+    dim: int = 6
+    values: int = 3
+
+    def build(self, seed=0):
+        rng = np.random.default_rng(seed)
+        lead, dim = (self.batch, self.time), self.dim
+        roots = rng.normal(size=(self.batch, self.heads, dim, dim))
+        inputs = {
+            "query": rng.normal(size=(*lead, self.key_heads, dim)),
+            "key": correlated_keys(rng, *lead, self.key_heads, dim, self.cosine),
+            "value": rng.normal(size=(*lead, self.heads, self.values)),
+            # up to 1 and down to 0, both included
+            "beta": rng.uniform(-0.2, 1.2, size=(*lead, self.heads)).clip(0, 1),
+            "log_decay": None,
+            "ridge": self.ridge * (1 + rng.exponential(2.0, size=(self.heads, dim))),
+            "initial_state": RidgeState(
+                roots @ roots.swapaxes(-1, -2) / dim,
+                rng.normal(size=(self.batch, self.heads, dim, self.values)),
+            ),
+        }
+        if self.decay == "head":
+            inputs["log_decay"] = -rng.exponential(0.1, size=self.heads)
+        elif self.decay == "step":
+            inputs["log_decay"] = hard_decay(rng, (*lead, self.heads))
+        options = {
+            "chunk_size": self.chunk_size,
+            "scale": self.scale,
+            "iterations": self.iterations,
+        }
+        if self.longest is not None:
+            options["segment_ids"] = packed_ids(rng, *lead, self.longest)
+        return inputs, options, rng
+
+
+CASES = {
+    "one step": Case(1, "step"),
+    "grouped heads, a step short of a chunk": Case(31, "head", heads=4, chunk_size=32, scale=1.0),
+    "odd length, hard gates, short segments": Case(
+        97, "step", longest=9, batch=3, heads=4, chunk_size=16
+    ),
+    "close keys, nothing decays": Case(65, None, 0.9, batch=1),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forms_agree(name):
+    inputs, options, rng = CASES[name].build()
+    check_agreement(ridge_readout, oracles_readout.ridge_readout, inputs, options, rng)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("time", [1, 2, 63, 64, 65, 300])
+@pytest.mark.parametrize("decay", [None, "head", "step"])
+@pytest.mark.parametrize("cosine", [0.0, 0.9])
+@pytest.mark.parametrize("longest", [None, 5, 80])
+def test_forms_agree_everywhere(time, decay, cosine, longest):
+    case = Case(time, decay, cosine, longest=longest, batch=3, heads=4)
+    inputs, options, rng = case.build(time)
+    check_agreement(ridge_readout, oracles_readout.ridge_readout, inputs, options, rng)
+
+
+def test_16_bit_inputs():
+    inputs, options, rng = Case(40, "step", longest=17, batch=3, chunk_size=16).build()
+    check_16_bit(ridge_readout, inputs, options, rng)
+
+
+def test_a_large_ridge_is_gated_linear_attention():
+    inputs, _, _ = Case(40, "step").build()
+    memory = inputs.pop("initial_state").memory
+    state = RidgeState(np.zeros((2, 2, 6, 6)), memory)
+    ridge = np.full((2, 6), 1e9)
+    with jax.enable_x64(True):
+        inputs |= {"ridge": ridge, "initial_state": state}
+        out, (_, after) = jax.jit(lambda x: ridge_readout(**x))(inputs)
+        weighted = inputs["beta"][..., None] * inputs["value"]
+        arrays = (inputs["query"], inputs["key"], weighted, inputs["log_decay"])
+        want, memory = jax.jit(lambda *x: linear_attention(*x, initial_state=memory))(*arrays)
+    assert_close(1e9 * np.asarray(out), want, 1e-7)
+    assert_close(after, memory, 1e-12)
+
+
+def test_without_decay_it_is_recursive_least_squares():
+    """W += (P k / (1 + k P k)) (v - W k)^T with P the inverse of ridge and gram: never solved."""
+    inputs, _, _ = Case(40, heads=1, key_heads=1, batch=1, dim=4).build()
+    del inputs["initial_state"]
+    inputs |= {"beta": np.ones((1, 40, 1)), "query": inputs["key"]}
+    with jax.enable_x64(True):
+        out, _ = jax.jit(lambda x: ridge_readout(**x, scale=1.0, implementation="chunked"))(inputs)
+    inverse, weights = np.diag(1 / inputs["ridge"][0]), np.zeros((4, 3))
+    for t in range(40):
+        k, v = inputs["key"][0, t, 0], inputs["value"][0, t, 0]
+        gain = inverse @ k / (1 + k @ inverse @ k)
+        weights = weights + np.outer(gain, v - k @ weights)
+        inverse = inverse - np.outer(gain, inverse @ k)
+        np.testing.assert_allclose(out[0, t, 0], k @ weights, rtol=0, atol=1e-10)
+
+
+def test_pairs_are_recalled_that_a_sum_would_mix_up():
+    """A small ridge returns the values of keys that lie close together, as long as they differ."""
+    rng = np.random.default_rng(0)
+    key = correlated_keys(rng, 1, 8, 1, 8, 0.9)
+    value = rng.normal(size=(1, 8, 1, 3))
+    ones, ridge = np.ones((1, 8, 1)), np.full((1, 8), 1e-6)
+    options = {"scale": 1.0, "implementation": "chunked"}
+
+    @jax.jit
+    def write_then_read():
+        _, state = ridge_readout(key, key, value, ones, None, ridge, **options)
+        options["initial_state"] = state
+        return ridge_readout(key, key, value, 0 * ones, None, ridge, **options)
+
+    with jax.enable_x64(True):
+        read, state = write_then_read()
+        summed = np.einsum("btk,bkv->btv", key[:, :, 0], state.memory[:, 0])
+    np.testing.assert_allclose(read, value, atol=1e-3)
+    assert np.abs(summed - value[:, :, 0]).mean() > 1
+
+
+def systems(rng, condition, size=16, count=20):
+    """Symmetric matrices with eigenvalues between 1 / condition and 1, and right sides."""
+    bases = np.linalg.qr(rng.normal(size=(count, size, size)))[0]
+    values = np.geomspace(1 / condition, 1, size)
+    return bases * values @ bases.swapaxes(-1, -2), rng.normal(size=(count, size))
+
+
+@pytest.mark.parametrize("condition", [9.0, 1e2, 1e4])
+def test_error_after_some_iterations_is_as_documented(condition):
+    matrices, right = systems(np.random.default_rng(0), condition, size=60)
+    exact = np.linalg.solve(matrices, right[..., None])[..., 0]
+    rate = (np.sqrt(condition) - 1) / (np.sqrt(condition) + 1)
+    with jax.enable_x64(True):
+        for iterations in (3, 10, 30):
+            x = conjugate_gradients(
+                lambda x: jnp.einsum("nij,nj->ni", matrices, x),
+                jnp.asarray(right),
+                diagonal=jnp.ones_like(right),
+                iterations=iterations,
+            )
+            error = x - exact
+
+            def energy(x):
+                return np.sqrt(np.einsum("ni,nij,nj->n", x, matrices, x))
+
+            assert np.isfinite(error).all()
+            assert (energy(error) <= 2 * rate**iterations * energy(exact) + 1e-12).all()
+
+
+def test_conjugate_gradients_stop_where_they_are_done():
+    """Right sides of 0, tiny and huge size, and far more iterations than there are dimensions."""
+    matrices, right = systems(np.random.default_rng(0), 100.0, size=8, count=4)
+    right *= np.array([[0.0], [1e-30], [1e30], [1.0]])
+
+    def solve(right, iterations):
+        return conjugate_gradients(
+            lambda x: jnp.einsum("nij,nj->ni", matrices.astype(np.float32), x, precision="highest"),
+            right.astype(np.float32),
+            diagonal=jnp.ones_like(right, dtype=np.float32),
+            iterations=iterations,
+        )
+
+    exact = np.linalg.solve(matrices, right[..., None])[..., 0]
+    for row, want in zip(solve(right, 500), exact, strict=True):
+        assert_close(row, want, 1e-4)
+    alone = np.where(np.arange(4)[:, None] == 3, right, 0)
+    np.testing.assert_array_equal(solve(alone, 500)[3], solve(right, 500)[3])
+
+
+def test_hard_inputs_stay_finite():
+    """One key again and again, no decay and a ridge of 1e-4, in float32."""
+    rng = np.random.default_rng(0)
+    inputs = {
+        "query": rng.normal(size=(1, 128, 1, 4)),
+        "key": np.repeat(correlated_keys(rng, 1, 1, 1, 4, 0), 128, axis=1),
+        "value": rng.normal(size=(1, 128, 1, 3)),
+        "beta": np.ones((1, 128, 1)),
+        "ridge": np.full((1, 4), 1e-4),
+    }
+    inputs = jax.tree.map(lambda x: x.astype(np.float32), inputs)
+
+    def call(inputs):
+        return ridge_readout(**inputs, log_decay=None, implementation="chunked")[0]
+
+    # read where something was written: elsewhere the solution is the query over the ridge
+    inputs["query"] = inputs["key"]
+    cotangent = rng.normal(size=(1, 128, 1, 3))
+    out, gradients = jax.jit(with_gradients(call))(inputs, cotangent)
+    means = np.cumsum(inputs["value"], axis=1) / (np.arange(1, 129)[:, None, None] + 1e-4)
+    assert_close(out, means / 2, 1e-3)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradients))
+
+
+BAD = {
+    "query: expected [batch, time, key_heads, key_dim] = [any, any, any, any]": {
+        "query": np.zeros((2, 5, 4))
+    },
+    "key: expected query's [batch, time, key_heads, key_dim] = [2, 5, 2, 4]": {
+        "key": np.zeros((2, 5, 2, 3))
+    },
+    "value: the number of its heads must be a multiple of the key's 2, got 3": {
+        "value": np.zeros((2, 5, 3, 3))
+    },
+    "beta: expected [batch, time, heads] = [2, 5, 2], got shape [2, 5]": {"beta": np.zeros((2, 5))},
+    "log_decay: expected [heads] = [2] or [batch, time, heads] = [2, 5, 2], "
+    "got shape [2, 5, 2, 4]": {"log_decay": np.zeros((2, 5, 2, 4))},
+    "ridge: expected [heads, key_dim] = [2, 4], got shape [2]": {"ridge": np.zeros(2)},
+    "iterations: expected an integer of at least 1, got 0": {"iterations": 0},
+    "initial_state: expected a RidgeState (gram, memory), got ndarray": {
+        "initial_state": np.zeros((2, 2, 4, 3))
+    },
+    "initial_state.gram: expected [batch, heads, key_dim, key_dim] = [2, 2, 4, 4]": {
+        "initial_state": (np.zeros((2, 2, 4, 3)), np.zeros((2, 2, 4, 3)))
+    },
+    "initial_state.memory: expected [batch, heads, key_dim, value_dim] = [2, 2, 4, 3]": {
+        "initial_state": (np.zeros((2, 2, 4, 4)), np.zeros((2, 2, 4, 4)))
+    },
+    "segment_ids: expected int32 [batch, time], got float32": {
+        "segment_ids": np.zeros((2, 5), np.float32)
+    },
+    "chunk_size: expected an integer of at least 1 or None, got 2.5": {"chunk_size": 2.5},
+    "implementation: ridge_readout has no form 'mosaic_tpu' yet; it has reference, chunked": {
+        "implementation": "mosaic_tpu"
+    },
+}
+
+
+@pytest.mark.parametrize("message", BAD, ids=[m.partition(":")[0] for m in BAD])
+def test_bad_input(message):
+    good = {
+        "query": np.zeros((2, 5, 2, 4), np.float32),
+        "key": np.zeros((2, 5, 2, 4), np.float32),
+        "value": np.zeros((2, 5, 2, 3), np.float32),
+        "beta": np.zeros((2, 5, 2), np.float32),
+        "log_decay": None,
+        "ridge": np.ones((2, 4), np.float32),
+    }
+    with pytest.raises(ValueError) as error:
+        ridge_readout(**good | BAD[message])
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_named_shapes(name):
+    shape = SHAPES[name]
+    arrays = jax.eval_shape(lambda: example(shape, jax.random.key(0), jnp.bfloat16))
+    out, state = jax.eval_shape(lambda arrays: ridge_readout(**arrays), arrays)
+    assert out.shape == (shape.batch, shape.time, shape.heads, shape.value_dim)
+    assert out.dtype == jnp.bfloat16
+    assert state.gram.shape == (shape.batch, shape.heads, shape.key_dim, shape.key_dim)
+    assert state.memory.shape == (shape.batch, shape.heads, shape.key_dim, shape.value_dim)
+    assert state.gram.dtype == state.memory.dtype == jnp.float32
+
+
+def test_products_are_those_that_the_chunked_form_takes():
+    shape = Shape(2, 64, 2, 2, 6, 5, None)
+    inputs = jax.eval_shape(lambda: example(shape, jax.random.key(0)))
+
+    def taken(iterations):
+        def call(inputs):
+            options = {"chunk_size": 8, "iterations": iterations, "implementation": "chunked"}
+            return ridge_readout(**inputs, **options)
+
+        return multiply_adds(jax.make_jaxpr(call)(inputs).jaxpr)
+
+    # the program holds the solution and its transpose, and a product with the system for each
+    product = (taken(5) - taken(4)) // 2
+    counted = [forward_products(shape, 8, n) for n in (0, 1)]
+    assert product == counted[1] - counted[0]
+    assert counted[0] == taken(4) - 2 * (4 + 1) * product
+
+
+def test_no_matrix_is_made_for_every_step():
+    """Of a program with its gradients, the largest array is a matrix a chunk."""
+    inputs, options, _ = Case(128, "step", dim=64, chunk_size=16, batch=1).build()
+    shapes = jax.eval_shape(lambda x: ridge_readout(**x, **options), inputs)
+    cotangents = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
+    call = with_gradients(lambda x: ridge_readout(**x, **options, implementation="chunked"))
+    text = jax.jit(call).lower(inputs, cotangents).as_text()
+    arrays = set(re.findall(r"tensor<((?:\d+x)+)f32>", text))
+    sizes = [np.prod([int(n) for n in array.split("x")[:-1]]) for array in arrays]
+    assert max(sizes) == 2 * (128 // 16) * 64 * (64 + 3)
