@@ -22,6 +22,7 @@ from memseq.layers.linear_attention.retention import LightningAttention, Retenti
 from memseq.layers.linear_attention.simple_gated_linear_attention import (
     SimpleGatedLinearAttention,
 )
+from memseq.layers.readout.mesa_net import MesaNet
 from memseq.layers.recurrent.gated import HGRN, MinGRU, MinLSTM
 from memseq.layers.recurrent.griffin import RGLRU, Hawk
 from memseq.layers.state_space.lru import LRU
@@ -46,6 +47,7 @@ REGISTRY = {
     "delta_product": DeltaProduct,
     "gated_delta_product": GatedDeltaProduct,
     "comba": Comba,
+    "mesa_net": MesaNet,
     "rwkv7": RWKV7,
     "mamba": Mamba,
     "mamba2": Mamba2,
@@ -85,6 +87,7 @@ __all__ = [
     "LinearAttention",
     "Mamba",
     "Mamba2",
+    "MesaNet",
     "MinGRU",
     "MinLSTM",
     "Retention",
