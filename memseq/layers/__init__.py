@@ -19,6 +19,7 @@ from memseq.layers.linear_attention.gated_slot_attention import GatedSlotAttenti
 from memseq.layers.linear_attention.hgrn2 import HGRN2
 from memseq.layers.linear_attention.linear_attention import Based, LinearAttention
 from memseq.layers.linear_attention.retention import LightningAttention, Retention
+from memseq.layers.linear_attention.rwkv6 import RWKV6
 from memseq.layers.linear_attention.simple_gated_linear_attention import (
     SimpleGatedLinearAttention,
 )
@@ -38,6 +39,7 @@ REGISTRY = {
     "simple_gated_linear_attention": SimpleGatedLinearAttention,
     "hgrn2": HGRN2,
     "gated_slot_attention": GatedSlotAttention,
+    "rwkv6": RWKV6,
     "retention": Retention,
     "lightning_attention": LightningAttention,
     "delta_net": DeltaNet,
@@ -70,6 +72,7 @@ __all__ = [
     "LRU",
     "REGISTRY",
     "RGLRU",
+    "RWKV6",
     "RWKV7",
     "SET_LAYERS",
     "Based",

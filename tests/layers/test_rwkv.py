@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memseq.layers import RWKV7
+from memseq.layers import RWKV6, RWKV7, LinearAttention
 from tests.layers.harness import (
     FEATURES,
     IDS,
@@ -21,6 +21,7 @@ from tests.layers.harness import (
     run64,
     segments_of,
     sigmoid,
+    silu,
 )
 
 
@@ -72,7 +73,34 @@ def rwkv7(layer, params, x, first=None):
     return np.array(y), memory, {"mean_decay": decay, "mean_rate": rate}
 
 
+def rwkv6(layer, params, x):
+    """S = Diag(w) S + k v^T, read as S + (bonus k) v^T before the write; log w = -exp(.)."""
+    heads, dim = layer.heads, x.shape[1] // layer.heads
+    change = before(x) - x
+    own = np.tanh((x + change * params["first_shift_bias"]) @ params["shift_in"]["kernel"])
+    own = own.reshape(len(x), 5, -1)
+    mixed = {}
+    for i, name in enumerate(("query", "key", "value", "decay", "gate")):
+        share = params["shift_bias"][i] + own[:, i] @ params["shift_out"]["kernel"][i]
+        mixed[name] = x + change * share
+    decay = np.exp(-np.exp(low_rank(params["decay_gate"], mixed["decay"], np.tanh)))
+    query, key, value = (mixed[n] @ params[n]["kernel"] for n in ("query", "key", "value"))
+    gate = silu(mixed["gate"] @ params["gate"]["kernel"])
+    split = [u.reshape(len(x), heads, dim) for u in (query, key, value, decay)]
+    memory, y = np.zeros((heads, dim, dim)), []
+    for t in range(len(x)):
+        out = np.zeros((heads, dim))
+        for h in range(heads):
+            q, k, v, w = (u[t, h] for u in split)
+            out[h] = (memory[h] + np.outer(params["bonus"][h] * k, v)).T @ q
+            memory[h] = np.diag(w) @ memory[h] + np.outer(k, v)
+        y.append(head_norm(params, out).reshape(-1) * gate[t] @ params["output"]["kernel"])
+    return np.array(y), memory, {"mean_decay": decay}
+
+
 LAYERS = {
+    "rwkv6": (RWKV6(FEATURES), rwkv6),
+    "rwkv6, ranks": (RWKV6(FEATURES, heads=2, shift_rank=3, decay_rank=5), rwkv6),
     "rwkv7": (RWKV7(FEATURES), rwkv7),
     "rwkv7, ranks": (RWKV7(FEATURES, heads=2, decay_rank=3, rate_rank=5, gate_rank=7), rwkv7),
 }
@@ -112,6 +140,55 @@ def test_later_layers_mix_the_first_ones_values():
             value = (u + (before(u) - u) * share) @ params["first"]["value"]["kernel"]
             want, _, _ = rwkv7(layer, params["second"], middle, value)
             np.testing.assert_allclose(y[row, positions], want, rtol=0, atol=1e-9)
+
+
+def test_rwkv6_that_keeps_all_reads_linear_attention():
+    """Without decay and with a bonus of 1 the read is of the whole sum, the present pair too."""
+    layer = RWKV6(FEATURES, heads=2)
+    params, x = random_params(layer), inputs()
+    params["decay_gate"]["bias"] = np.full(FEATURES, -90.0)
+    params["decay_gate"]["out"]["kernel"] *= 0
+    params["bonus"] = np.ones_like(params["bonus"])
+    params["shift_bias"] *= 0
+    params["shift_out"]["kernel"] *= 0
+    plain = LinearAttention(FEATURES, heads=2, feature_map="identity", normalize=False)
+    shared = {name: params[name] for name in ("query", "key", "value", "output")}
+    _, want, _ = run64(plain, shared, x)
+    y, state, _ = run64(layer, params, x)
+    np.testing.assert_allclose(state.memory, want.memory, rtol=0, atol=1e-9)
+    for row, u in enumerate(x):
+        query, key, value = (
+            (u @ params[n]["kernel"]).reshape(-1, 2, 8) for n in ("query", "key", "value")
+        )
+        gate = silu(u @ params["gate"]["kernel"])
+        score = np.tril(np.einsum("thk,shk->hts", query, key))
+        out = np.einsum("hts,shv->thv", score, value)
+        normed = np.array([head_norm(params, o) for o in out]).reshape(len(u), -1)
+        want_y = normed * gate @ params["output"]["kernel"]
+        np.testing.assert_allclose(y[row], want_y, rtol=0, atol=1e-9)
+
+
+def test_rwkv6_forgets_at_once_without_overflow():
+    layer = RWKV6(FEATURES, heads=2)
+    params, x = random_params(layer), inputs()
+    params["decay_gate"]["bias"] = np.full(FEATURES, 1e4)
+    y, state, sown = run64(layer, params, x)
+    assert np.isfinite(y).all() and np.isfinite(state.memory).all()
+    assert sown["mean_decay"] < 1e-60
+
+
+def test_rwkv6_starts_as_its_authors_do():
+    params = init(RWKV6(64, heads=2, layer_index=2, num_layers=3))
+    place = np.arange(64) / 63
+    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5)
+    close(params["decay_gate"]["bias"], -6 + 5 * place**2)
+    zigzag = np.tile([0.0, 0.1, -0.1], 22)[:64]
+    close(params["bonus"].reshape(-1), 1 - place + zigzag)
+    powers = np.array([0.5, 1, 1, 1, 0.5]) / 3
+    close(params["shift_bias"], 1 - (np.arange(64) / 64) ** powers[:, None])
+    close(params["first_shift_bias"], 1 - (np.arange(64) / 64) ** (1 / 3))
+    assert not params["shift_in"]["kernel"].any()
+    assert 0.0098 < np.abs(params["shift_out"]["kernel"]).max() <= 0.01
 
 
 def test_rwkv7_that_removes_nothing_is_a_decaying_sum():
@@ -175,10 +252,12 @@ def test_defaults():
     assert state.memory.shape == (3, 4, 16, 16) and state.conv.shape == (3, 1, 64)
     low = 3 * 2 * 64 * 32  # decay, rate and gate
     assert count(RWKV7(64), 64) == 4 * 64 * 64 + low + (2 + 6 + 2 + 1 + 2) * 64
+    low = 2 * 5 * 64 * 32 + 2 * 64 * 64  # shift, decay
+    assert count(RWKV6(64), 64) == 5 * 64 * 64 + low + (5 + 1 + 1 + 2 + 1) * 64
     assert RWKV7(1024).rank_of("gate_rank", 5.0) == 160
 
 
-@pytest.mark.parametrize("layer", [RWKV7(32)])
+@pytest.mark.parametrize("layer", [RWKV6(32), RWKV7(32)])
 def test_dtypes(layer):
     assert check_dtypes(layer).memory.dtype == np.float32
 
@@ -188,6 +267,8 @@ def test_dtypes(layer):
     [
         (RWKV7(16, heads=3), "heads: features 16 must be a multiple of it, got 3"),
         (RWKV7(16, decay_rank=0), "decay_rank: .* got 0"),
+        (RWKV6(16, shift_rank=0), "shift_rank: .* got 0"),
+        (RWKV6(16, decay_rank=-1), "decay_rank: .* got -1"),
         (RWKV7(16, layer_index=2, num_layers=2), "layer_index: .* less than .* 2"),
     ],
 )

@@ -6,12 +6,18 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from memseq.layers.common.base import SequenceLayer, check_layer_index, no_segment
 from memseq.layers.common.matrix import MatrixState
 from memseq.layers.common.parts import conv_tail, merge_heads, split_heads, widen
 from memseq.pallas_kernels import causal_conv
 from memseq.pallas_kernels.common.checks import check_count
+
+
+def constant(values: np.ndarray) -> Callable[..., jax.Array]:
+    """An initialiser that gives these values."""
+    return lambda key, shape, dtype: jnp.asarray(values, dtype).reshape(shape)
 
 
 class LowRank(nn.Module):
@@ -57,11 +63,8 @@ class TokenShiftLayer(SequenceLayer):
         """The shares of the previous token, by name: channel i of C starts at 1 - (i / C)^power."""
         check_layer_index(self.layer_index, self.num_layers)
         self.shift_names = tuple(powers)
-
-        def start(key, shape, dtype):
-            place = jnp.arange(self.features) / self.features
-            return jnp.stack([1 - place**power for power in powers.values()]).astype(dtype)
-
+        place = np.arange(self.features) / self.features
+        start = constant(np.stack([1 - place**power for power in powers.values()]))
         shape = (len(powers), self.features)
         self.shift_bias = self.param("shift_bias", start, shape, self.param_dtype)
 
@@ -124,10 +127,15 @@ class TokenShiftLayer(SequenceLayer):
         )
         return previous - x, tail
 
-    def shifted(self, x: jax.Array, change: jax.Array) -> dict[str, jax.Array]:
-        """x moved by its share of `change`, for each name given to `setup_shift`."""
-        share = self.shift_bias.astype(x.dtype)
-        return {name: x + change * share[i] for i, name in enumerate(self.shift_names)}
+    def shifted(self, x: jax.Array, change: jax.Array, *more: jax.Array) -> dict[str, jax.Array]:
+        """x moved by its share of `change`, for each name given to `setup_shift`.
+
+        more: [batch, time, features] for every name, added to its share.
+        """
+        shares = self.shift_bias.astype(x.dtype)
+        if more:
+            shares = [share + own for share, own in zip(shares, more, strict=True)]
+        return {name: x + change * shares[i] for i, name in enumerate(self.shift_names)}
 
     def heads_of(self, x: jax.Array) -> jax.Array:
         return split_heads(x, self.heads)

@@ -11,7 +11,7 @@ import numpy as np
 from memseq.layers.common.base import enter, state_dataclass
 from memseq.layers.common.matrix import MatrixState
 from memseq.layers.common.parts import l2_normalize, uniform_within
-from memseq.layers.common.token_shift import TokenShiftLayer
+from memseq.layers.common.token_shift import TokenShiftLayer, constant
 from memseq.pallas_kernels import diagonal_plus_low_rank
 from memseq.pallas_kernels.common.checks import check_count
 
@@ -99,11 +99,11 @@ class RWKV7(TokenShiftLayer):
     @nn.nowrap
     def gate_of(self, name: str, factor: float, bias: np.ndarray, activation=lambda x: x):
         rank, size = self.rank_of(name, factor), self.features
-        start = _constant(bias)
-        return self.low_rank(rank, size, start, _orthogonal(rank, size), activation=activation)
+        start = _orthogonal(rank, size)
+        return self.low_rank(rank, size, constant(bias), start, activation=activation)
 
     def vector(self, name: str, start: np.ndarray) -> jax.Array:
-        return self.param(name, _constant(start), start.shape, jnp.float32)
+        return self.param(name, constant(start), start.shape, jnp.float32)
 
     def mix(self, inputs, state, segment_ids, shared):
         state = enter(state, self.init_state(inputs.shape[0]), segment_ids)
@@ -136,11 +136,6 @@ class RWKV7(TokenShiftLayer):
         gate = self.heads_of(self.gate_out(nn.sigmoid(self.gate_in(x["gate"]))))
         out = ((self.norm(out) + present) * gate).astype(value.dtype)
         return out, self.leave_with(state, segment_ids, memory=memory, conv=last)
-
-
-def _constant(values: np.ndarray):
-    """An initialiser that gives these values."""
-    return lambda key, shape, dtype: jnp.asarray(values, dtype).reshape(shape)
 
 
 def _orthogonal(rank: int, size: int):
