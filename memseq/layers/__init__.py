@@ -24,8 +24,14 @@ from memseq.layers.linear_attention.simple_gated_linear_attention import (
     SimpleGatedLinearAttention,
 )
 from memseq.layers.readout.mesa_net import MesaNet
+from memseq.layers.recurrent.bilinear import BilinearRNN
+from memseq.layers.recurrent.ffm import FFM
 from memseq.layers.recurrent.gated import HGRN, MinGRU, MinLSTM
 from memseq.layers.recurrent.griffin import RGLRU, Hawk
+from memseq.layers.recurrent.lem import LEM
+from memseq.layers.recurrent.lstm import GRU, LSTM, SLSTM
+from memseq.layers.recurrent.mlstm import MLSTM
+from memseq.layers.recurrent.wave_rnn import WaveRNN
 from memseq.layers.state_space.lru import LRU
 from memseq.layers.state_space.mamba import Mamba
 from memseq.layers.state_space.mamba2 import Mamba2
@@ -59,6 +65,14 @@ REGISTRY = {
     "min_gru": MinGRU,
     "min_lstm": MinLSTM,
     "hgrn": HGRN,
+    "mlstm": MLSTM,
+    "slstm": SLSTM,
+    "lstm": LSTM,
+    "gru": GRU,
+    "lem": LEM,
+    "wave_rnn": WaveRNN,
+    "ffm": FFM,
+    "bilinear_rnn": BilinearRNN,
 }
 SET_LAYERS: dict = {}
 CHANNEL_LAYERS: dict = {}
@@ -67,15 +81,22 @@ CROSS_LAYERS: dict = {}
 __all__ = [
     "CHANNEL_LAYERS",
     "CROSS_LAYERS",
+    "FFM",
+    "GRU",
     "HGRN",
     "HGRN2",
+    "LEM",
     "LRU",
+    "LSTM",
+    "MLSTM",
     "REGISTRY",
     "RGLRU",
     "RWKV6",
     "RWKV7",
     "SET_LAYERS",
+    "SLSTM",
     "Based",
+    "BilinearRNN",
     "Comba",
     "DeltaNet",
     "DeltaProduct",
@@ -97,4 +118,5 @@ __all__ = [
     "SequenceLayer",
     "SimpleGatedLinearAttention",
     "SoftmaxAttention",
+    "WaveRNN",
 ]

@@ -17,7 +17,10 @@ def rows(features: int, context: int) -> list[dict[str, str]]:
     ):
         for name, constructor in registry.items():
             layer = constructor(features=features)
-            operation = importlib.import_module(f"memseq.pallas_kernels.{layer.OPERATION}")
+            forms = ("reference",)
+            if layer.OPERATION is not None:
+                operation = importlib.import_module(f"memseq.pallas_kernels.{layer.OPERATION}")
+                forms = operation.FORMS.available
             state = f"{layer.state_bytes(1, context):,}" if hasattr(layer, "state_bytes") else "-"
             found.append(
                 {
@@ -25,8 +28,8 @@ def rows(features: int, context: int) -> list[dict[str, str]]:
                     "kind": kind,
                     "memory": layer.MEMORY,
                     "state bytes": state,
-                    "operation": layer.OPERATION,
-                    "forms": ", ".join(operation.FORMS.available),
+                    "operation": layer.OPERATION or "-",
+                    "forms": ", ".join(forms),
                     "paper": layer.PAPER,
                 }
             )

@@ -44,7 +44,7 @@ class SequenceLayer(nn.Module):
 
     PAPER: ClassVar[str]
     MEMORY: ClassVar[str]
-    OPERATION: ClassVar[str]
+    OPERATION: ClassVar[str | None]  # None: a scan over time of the layer's own
     STATE: ClassVar[type]
     SHARES: ClassVar[bool] = False
 

@@ -1,0 +1,82 @@
+"""The bilinear recurrent network: the input turns the memory, and adds nothing to it."""
+
+from typing import ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from memseq.layers.common.base import enter, state_dataclass
+from memseq.layers.common.parts import widen
+from memseq.layers.common.vector import VectorLayer, VectorState
+from memseq.pallas_kernels import linear_scan
+from memseq.pallas_kernels.common.checks import check_count
+from memseq.pallas_kernels.common.segments import restarts, segments
+
+
+@state_dataclass
+class BilinearRNNState(VectorState):
+    """State of `BilinearRNN`; `memory` is [batch, planes, 2], points on unit circles."""
+
+
+class BilinearRNN(VectorLayer):
+    """A bilinear recurrence in blocks of 2 x 2: planes that each input turns by an angle.
+
+        h_t = R(theta_t) h_{t-1},  theta_t = W x_t + b,  out = U h_t,  h_0 = (1, 0) in each plane
+
+    Ebrahimi and Memisevic 2025, "Revisiting bi-linear state transitions in recurrent neural
+    networks", arXiv:2505.21749, with rotations as blocks. Without an additive term only products of
+    transitions matter, whose scale cancels; rotations have none. It follows commutative groups
+    exactly: parity is a turn by pi. Angles are summed by the scan as products of turns.
+
+    Attributes (beside those of every layer):
+        planes: number of 2 x 2 blocks; None is features / 2.
+    """
+
+    planes: int | None = None
+
+    PAPER: ClassVar[str] = "Ebrahimi and Memisevic 2025, arXiv:2505.21749"
+    MEMORY: ClassVar[str] = "rotations [planes]"
+    OPERATION: ClassVar[str] = "linear_scan"
+    STATE: ClassVar[type] = BilinearRNNState
+
+    def setup(self):
+        planes = self.memory_shape()[0]
+        self.angle = self.dense(planes, use_bias=True)
+        self.output = self.dense(self.features)
+
+    @nn.nowrap
+    def memory_shape(self):
+        check_count("planes", self.planes, 1, optional=True)
+        return (self.features // 2 if self.planes is None else self.planes, 2)
+
+    @nn.nowrap
+    def init_state(self, batch, context=None):
+        """Every plane at (1, 0); `context` changes nothing."""
+        state = self.empty_state(batch)
+        return state.replace(memory=state.memory.at[..., 0].set(1))
+
+    def project(self, x):
+        return self.angle(x)
+
+    def mix(self, inputs, state, segment_ids):
+        state = enter(state, self.init_state(inputs.shape[0]), segment_ids)
+        angle = widen(inputs)
+        start = jnp.zeros(angle.shape, jnp.result_type(angle, jnp.complex64))
+        if segment_ids is not None:  # the scan restarts empty: h_0, turned, is written there
+            valid, index = segments(segment_ids)
+            turned = jnp.exp(1j * jnp.where(valid[..., None], angle, 0))
+            start = jnp.where(restarts(index)[..., None], turned, start)
+        out, memory = linear_scan(
+            start,
+            jnp.zeros(angle.shape[-1], angle.dtype),
+            phase=angle,
+            initial_state=jax.lax.complex(state.memory[..., 0], state.memory[..., 1]),
+            **self.operation_options(segment_ids),
+        )
+        memory = jnp.stack([memory.real, memory.imag], axis=-1)
+        out = jnp.concatenate([out.real, out.imag], axis=-1).astype(inputs.dtype)
+        return out, self.leave_with(state, segment_ids, memory=memory, conv=state.conv)
+
+    def finish(self, x, out):
+        return self.output(out)
