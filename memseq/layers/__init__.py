@@ -14,6 +14,7 @@ from memseq.layers.delta_rule.delta_product import DeltaProduct, GatedDeltaProdu
 from memseq.layers.delta_rule.gated_delta_net import GatedDeltaNet
 from memseq.layers.delta_rule.kimi_delta_attention import GatedDeltaNet2, KimiDeltaAttention
 from memseq.layers.delta_rule.rwkv7 import RWKV7
+from memseq.layers.linear_attention.cumulative_softmax import ABC, LightNet
 from memseq.layers.linear_attention.gated_linear_attention import GatedLinearAttention
 from memseq.layers.linear_attention.gated_slot_attention import GatedSlotAttention
 from memseq.layers.linear_attention.hgrn2 import HGRN2
@@ -45,6 +46,8 @@ REGISTRY = {
     "simple_gated_linear_attention": SimpleGatedLinearAttention,
     "hgrn2": HGRN2,
     "gated_slot_attention": GatedSlotAttention,
+    "abc": ABC,
+    "light_net": LightNet,
     "rwkv6": RWKV6,
     "retention": Retention,
     "lightning_attention": LightningAttention,
@@ -79,6 +82,7 @@ CHANNEL_LAYERS: dict = {}
 CROSS_LAYERS: dict = {}
 
 __all__ = [
+    "ABC",
     "CHANNEL_LAYERS",
     "CROSS_LAYERS",
     "FFM",
@@ -107,6 +111,7 @@ __all__ = [
     "GatedSlotAttention",
     "Hawk",
     "KimiDeltaAttention",
+    "LightNet",
     "LightningAttention",
     "LinearAttention",
     "Mamba",

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from memseq.pallas_kernels import causal_conv
+from memseq.pallas_kernels.common.segments import Segments, segment_positions, segments
 
 
 def widen(x: jax.Array) -> jax.Array:
@@ -122,6 +123,23 @@ class MambaGate(nn.Module):
         dt = jax.nn.softplus(widen(x) + dt_bias)
         dt = jnp.clip(dt, *dt_limit)
         return dt, -jnp.exp(a_log) * dt
+
+
+def count_positions(
+    carried: jax.Array, time: int, segment_ids: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Positions within segments: (of this call int32 [batch, time], so far int32 [batch]).
+
+    carried: int32 [batch], the positions that this call's first segment has had. Padding is none.
+    """
+    shape = carried.shape[0], time
+    segs = Segments(jnp.ones(shape, bool), jnp.zeros(shape, jnp.int32))
+    if segment_ids is not None:
+        segs = segments(segment_ids)
+    position = segment_positions(segs) + jnp.where(segs.index == 0, carried[:, None], 0)
+    current = segs.valid & (segs.index == segs.index[:, -1:])
+    reached = jnp.max(jnp.where(current, position + 1, 0), axis=1, initial=0)
+    return position, jnp.where(segs.valid.any(axis=1), reached, carried)
 
 
 def rotate(x: jax.Array, position: jax.Array, base: float) -> jax.Array:

@@ -71,25 +71,9 @@ class GatedSlotAttention(MatrixLayer):
         mixed, log_decay = inputs
         state = enter(state, self.init_state(mixed.shape[0]), segment_ids)
         query, key, value, conv = self.convolve(mixed, state, segment_ids)
-        options = self.operation_options(segment_ids) | {"scale": 1.0}
         written = -jnp.expm1(log_decay)  # 1 - a, in float32 at least, as are the scores
-        scores, keys = linear_attention(
-            query,
-            key,
-            written,
-            value_log_decay=log_decay,
-            initial_state=state.keys,
-            **options,
-        )
-        weights = nn.softmax(scores, axis=-1)
-        out, values = linear_attention(
-            weights.astype(value.dtype),
-            written.astype(value.dtype),
-            value,
-            log_decay,
-            initial_state=state.memory,
-            **options,
-        )
+        options = self.operation_options(segment_ids) | {"scale": 1.0}
+        out, keys, values = two_passes(query, key, value, written, log_decay, state, **options)
         return out, self.leave_with(state, segment_ids, memory=values, conv=conv, keys=keys)
 
     def finish(self, x, out):
@@ -99,3 +83,30 @@ class GatedSlotAttention(MatrixLayer):
         if self.gate is not None:
             out = out * nn.silu(self.gate(x))
         return self.output(out)
+
+
+def two_passes(query, key, value, written, log_decay, state, *, scale, **options):
+    """Slots that keep exp(log_decay) and take `written` of a token, read by softmax attention.
+
+    written, log_decay [batch, time, heads, slots], float32 at least; state: has `keys`, and as
+    `memory` the values. Returns (read-out, keys, values).
+    """
+    scores, keys = linear_attention(
+        query,
+        key,
+        written,
+        value_log_decay=log_decay,
+        scale=scale,
+        initial_state=state.keys,
+        **options,
+    )
+    out, values = linear_attention(
+        nn.softmax(scores, axis=-1).astype(value.dtype),
+        written.astype(value.dtype),
+        value,
+        log_decay,
+        scale=1.0,
+        initial_state=state.memory,
+        **options,
+    )
+    return out, keys, values

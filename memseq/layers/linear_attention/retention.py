@@ -9,9 +9,8 @@ import numpy as np
 
 from memseq.layers.common.base import check_layer_index, enter, state_dataclass
 from memseq.layers.common.matrix import MatrixLayer, MatrixState
-from memseq.layers.common.parts import rotate
+from memseq.layers.common.parts import count_positions, rotate
 from memseq.pallas_kernels import linear_attention
-from memseq.pallas_kernels.common.segments import Segments, segment_positions, segments
 
 
 @state_dataclass
@@ -72,11 +71,7 @@ class Retention(MatrixLayer):
         batch, time = mixed.shape[:2]
         state = enter(state, self.init_state(batch), segment_ids)
         query, key, value, conv = self.convolve(mixed, state, segment_ids)
-        segs = Segments(jnp.ones((batch, time), bool), jnp.zeros((batch, time), jnp.int32))
-        if segment_ids is not None:
-            segs = segments(segment_ids)
-        position = segment_positions(segs)
-        position += jnp.where(segs.index == 0, state.position[:, None], 0)
+        position, reached = count_positions(state.position, time, segment_ids)
         out, memory = linear_attention(
             rotate(query, position, self.rope_base),
             rotate(key, position, self.rope_base),
@@ -85,10 +80,8 @@ class Retention(MatrixLayer):
             initial_state=state.memory,
             **self.operation_options(segment_ids),
         )
-        current = segs.valid & (segs.index == segs.index[:, -1:])
-        reached = jnp.max(jnp.where(current, position + 1, 0), axis=1, initial=0)
-        reached = jnp.where(segs.valid.any(axis=1), reached, state.position)
-        return out, self.leave_with(state, segment_ids, memory=memory, conv=conv, position=reached)
+        fields = {"memory": memory, "conv": conv, "position": reached}
+        return out, self.leave_with(state, segment_ids, **fields)
 
 
 @state_dataclass
