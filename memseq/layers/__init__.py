@@ -33,6 +33,7 @@ from memseq.layers.recurrent.lem import LEM
 from memseq.layers.recurrent.lstm import GRU, LSTM, SLSTM
 from memseq.layers.recurrent.mlstm import MLSTM
 from memseq.layers.recurrent.wave_rnn import WaveRNN
+from memseq.layers.state_space.hippo_memory import HiPPOMemory
 from memseq.layers.state_space.lru import LRU
 from memseq.layers.state_space.mamba import Mamba
 from memseq.layers.state_space.mamba2 import Mamba2
@@ -63,6 +64,7 @@ REGISTRY = {
     "mamba": Mamba,
     "mamba2": Mamba2,
     "lru": LRU,
+    "hippo_memory": HiPPOMemory,
     "rglru": RGLRU,
     "hawk": Hawk,
     "min_gru": MinGRU,
@@ -110,6 +112,7 @@ __all__ = [
     "GatedLinearAttention",
     "GatedSlotAttention",
     "Hawk",
+    "HiPPOMemory",
     "KimiDeltaAttention",
     "LightNet",
     "LightningAttention",

@@ -17,17 +17,17 @@ from memseq.pallas_kernels.common.segments import restarts, segments
 
 
 def scan_steps(
-    step: Callable[[jax.Array, Any], tuple[jax.Array, jax.Array]],
-    memory: jax.Array,
+    step: Callable[[Any, Any], tuple[Any, jax.Array]],
+    memory: Any,
     inputs: Any,
     segment_ids: jax.Array | None,
-    fresh: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+    fresh: Any,
+) -> tuple[jax.Array, Any]:
     """Runs `step` over time, with the semantics of segments that the operations have.
 
     Args:
-        step: (memory [batch, ...], inputs of one step) to (memory, out [batch, ...]).
-        memory: before the first step.
+        step: (memory, inputs of one step) to (memory, out [batch, ...]).
+        memory: before the first step, a pytree of arrays [batch, ...].
         inputs: a pytree of arrays [batch, time, ...].
         segment_ids: int32 [batch, time] or None. The memory restarts where the id changes, and at
             negative ids it stays as it is.
@@ -42,7 +42,10 @@ def scan_steps(
         by_time[1:] = restarts(index).T, valid.T
 
     def pick(mask, new, old):
-        return jnp.where(mask.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+        def one(new, old):
+            return jnp.where(mask.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+
+        return jax.tree.map(one, new, old)
 
     def body(memory, inputs):
         inputs, restart, taken = inputs
