@@ -5,6 +5,7 @@ from memseq.pallas_kernels.causal_conv import causal_conv
 from memseq.pallas_kernels.delta_rule import delta_rule
 from memseq.pallas_kernels.diagonal_plus_low_rank import diagonal_plus_low_rank
 from memseq.pallas_kernels.entmax import entmax, k_subsets, softmax_n, sparsemax
+from memseq.pallas_kernels.hopfield_retrieve import hopfield_retrieve
 from memseq.pallas_kernels.linear_attention import linear_attention
 from memseq.pallas_kernels.linear_scan import linear_scan
 from memseq.pallas_kernels.ridge_readout import ridge_readout
@@ -16,6 +17,7 @@ __all__ = [
     "delta_rule",
     "diagonal_plus_low_rank",
     "entmax",
+    "hopfield_retrieve",
     "k_subsets",
     "linear_attention",
     "linear_scan",

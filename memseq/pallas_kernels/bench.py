@@ -35,6 +35,9 @@ from memseq.pallas_kernels.delta_rule import shapes as delta_rule_shapes
 from memseq.pallas_kernels.diagonal_plus_low_rank import FORMS as DIAGONAL_PLUS_LOW_RANK
 from memseq.pallas_kernels.diagonal_plus_low_rank import diagonal_plus_low_rank
 from memseq.pallas_kernels.diagonal_plus_low_rank import shapes as diagonal_plus_low_rank_shapes
+from memseq.pallas_kernels.hopfield_retrieve import FORMS as HOPFIELD_RETRIEVE
+from memseq.pallas_kernels.hopfield_retrieve import hopfield_retrieve
+from memseq.pallas_kernels.hopfield_retrieve import shapes as hopfield_retrieve_shapes
 from memseq.pallas_kernels.linear_attention import FORMS as LINEAR_ATTENTION
 from memseq.pallas_kernels.linear_attention import linear_attention
 from memseq.pallas_kernels.linear_attention import shapes as linear_attention_shapes
@@ -129,6 +132,12 @@ OPERATIONS = {
         attention_shapes,
         lambda a: attention_shapes.Shape(a.batch, a.time, a.heads, a.heads, a.dim),
         chunks=False,
+    ),
+    "hopfield_retrieve": Operation(
+        hopfield_retrieve,
+        HOPFIELD_RETRIEVE,
+        hopfield_retrieve_shapes,
+        lambda a: hopfield_retrieve_shapes.Shape(a.batch, a.time, a.time, a.heads, a.dim),
     ),
 }
 
