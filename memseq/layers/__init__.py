@@ -13,6 +13,12 @@ from memseq.layers.delta_rule.delta_net import DeltaNet
 from memseq.layers.delta_rule.delta_product import DeltaProduct, GatedDeltaProduct
 from memseq.layers.delta_rule.gated_delta_net import GatedDeltaNet
 from memseq.layers.delta_rule.kimi_delta_attention import GatedDeltaNet2, KimiDeltaAttention
+from memseq.layers.delta_rule.longhorn import Longhorn
+from memseq.layers.delta_rule.oja_rule import OjaRule
+from memseq.layers.delta_rule.preconditioned import (
+    PreconditionedGatedDeltaNet,
+    PreconditionedKimiDeltaAttention,
+)
 from memseq.layers.delta_rule.rwkv7 import RWKV7
 from memseq.layers.linear_attention.cumulative_softmax import ABC, LightNet
 from memseq.layers.linear_attention.gated_linear_attention import GatedLinearAttention
@@ -59,6 +65,10 @@ REGISTRY = {
     "delta_product": DeltaProduct,
     "gated_delta_product": GatedDeltaProduct,
     "comba": Comba,
+    "longhorn": Longhorn,
+    "oja_rule": OjaRule,
+    "preconditioned_gated_delta_net": PreconditionedGatedDeltaNet,
+    "preconditioned_kimi_delta_attention": PreconditionedKimiDeltaAttention,
     "mesa_net": MesaNet,
     "rwkv7": RWKV7,
     "mamba": Mamba,
@@ -117,11 +127,15 @@ __all__ = [
     "LightNet",
     "LightningAttention",
     "LinearAttention",
+    "Longhorn",
     "Mamba",
     "Mamba2",
     "MesaNet",
     "MinGRU",
     "MinLSTM",
+    "OjaRule",
+    "PreconditionedGatedDeltaNet",
+    "PreconditionedKimiDeltaAttention",
     "Retention",
     "SequenceLayer",
     "SimpleGatedLinearAttention",

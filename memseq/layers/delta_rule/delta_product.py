@@ -3,12 +3,12 @@
 from typing import ClassVar
 
 import flax.linen as nn
-import jax.numpy as jnp
 
 from memseq.layers.common.base import state_dataclass
 from memseq.layers.common.matrix import MatrixLayer, MatrixState
 from memseq.layers.common.parts import MambaGate, l2_normalize
 from memseq.layers.delta_rule.delta_net import check_max_beta, write_strength
+from memseq.layers.delta_rule.interleave import at_step, repeat_ids, taken_at
 from memseq.pallas_kernels import delta_rule
 from memseq.pallas_kernels.common.checks import check_count
 
@@ -62,25 +62,17 @@ class DeltaProduct(MatrixLayer):
             """[batch, time, steps * heads, ...] -> [batch, time * steps, heads, ...]."""
             return x.reshape(batch, time * self.steps, self.heads, *x.shape[3:])
 
-        def at(step, x):
-            """x [batch, time, heads, ...] at one of a token's steps, 0 at the others."""
-            others = [(0, 0)] * x.ndim
-            others.insert(2, (step, self.steps - 1 - step))
-            padded = jnp.pad(x[:, :, None], others)
-            return padded.reshape(batch, time * self.steps, *x.shape[2:])
-
-        if segment_ids is not None:
-            segment_ids = jnp.repeat(segment_ids, self.steps, axis=1)
+        last = self.steps - 1
         out, memory = delta_rule(
-            at(self.steps - 1, l2_normalize(query)),
+            at_step(l2_normalize(query), last, self.steps),
             one_after_another(l2_normalize(key)),
             one_after_another(value),
             one_after_another(beta),
-            None if log_decay is None else at(0, log_decay),
-            segment_ids=segment_ids,
+            None if log_decay is None else at_step(log_decay, 0, self.steps),
+            segment_ids=repeat_ids(segment_ids, self.steps),
             **options,
         )
-        return out.reshape(batch, time, self.steps, *out.shape[2:])[:, :, -1], memory
+        return taken_at(out, last, self.steps), memory
 
 
 @state_dataclass
