@@ -58,11 +58,12 @@ def test_what_is_timed_has_the_sizes_asked_for(name):
     operation = bench.OPERATIONS[name]
     args = arguments(batch=3, time=40, heads=2, dim=8)
     inputs, _, both = bench._functions(operation, "chunked", args)
-    for x in inputs.values():
-        if x.ndim > 2:
+    for name, x in inputs.items():
+        if name != "initial" and x.ndim > 2:  # the weights that a neural memory starts from
             assert x.shape[:2] == (3, 40) and set(x.shape[2:]) <= {1, 2, 8, 16}
     _, gradients = jax.eval_shape(both, inputs)
-    assert {k: x.shape for k, x in gradients.items()} == {k: x.shape for k, x in inputs.items()}
+    shapes = (jax.tree.map(lambda x: x.shape, tree) for tree in (gradients, inputs))
+    assert next(shapes) == next(shapes)
 
 
 def multiply_adds(jaxpr):
