@@ -63,9 +63,9 @@ def run(root: Path, *command: str) -> str:
 
 def test_layer(copy):
     follow(copy, "layer")
-    passed = run(copy, "pytest", "-q", "tests/layers/test_laws.py", "-k", "constant_decay")
+    passed = run(copy, "pytest", "-q", "tests/layers/test_laws.py", "-k", "exponential_decay")
     assert int(re.search(r"(\d+) passed", passed)[1]) >= 7
-    assert "constant_decay" in run(copy, "memseq", "layers", "--features=32")
+    assert "exponential_decay" in run(copy, "memseq", "layers", "--features=32")
 
 
 def test_task(copy):
