@@ -8,6 +8,7 @@ from memseq.pallas_kernels.entmax import entmax, k_subsets, softmax_n, sparsemax
 from memseq.pallas_kernels.hopfield_retrieve import hopfield_retrieve
 from memseq.pallas_kernels.linear_attention import linear_attention
 from memseq.pallas_kernels.linear_scan import linear_scan
+from memseq.pallas_kernels.log_linear_attention import log_linear_attention
 from memseq.pallas_kernels.neural_memory import neural_memory
 from memseq.pallas_kernels.ridge_readout import ridge_readout
 from memseq.pallas_kernels.selective_scan import selective_scan
@@ -22,6 +23,7 @@ __all__ = [
     "k_subsets",
     "linear_attention",
     "linear_scan",
+    "log_linear_attention",
     "neural_memory",
     "ridge_readout",
     "selective_scan",

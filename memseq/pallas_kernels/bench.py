@@ -44,6 +44,9 @@ from memseq.pallas_kernels.linear_attention import shapes as linear_attention_sh
 from memseq.pallas_kernels.linear_scan import FORMS as LINEAR_SCAN
 from memseq.pallas_kernels.linear_scan import linear_scan
 from memseq.pallas_kernels.linear_scan import shapes as linear_scan_shapes
+from memseq.pallas_kernels.log_linear_attention import FORMS as LOG_LINEAR_ATTENTION
+from memseq.pallas_kernels.log_linear_attention import log_linear_attention
+from memseq.pallas_kernels.log_linear_attention import shapes as log_linear_attention_shapes
 from memseq.pallas_kernels.neural_memory import FORMS as NEURAL_MEMORY
 from memseq.pallas_kernels.neural_memory import neural_memory
 from memseq.pallas_kernels.neural_memory import shapes as neural_memory_shapes
@@ -98,6 +101,14 @@ OPERATIONS = {
         diagonal_plus_low_rank_shapes,
         lambda a: diagonal_plus_low_rank_shapes.Shape(
             a.batch, a.time, a.heads, a.heads, a.dim, a.dim
+        ),
+    ),
+    "log_linear_attention": Operation(
+        log_linear_attention,
+        LOG_LINEAR_ATTENTION,
+        log_linear_attention_shapes,
+        lambda a: log_linear_attention_shapes.Shape(
+            a.batch, a.time, a.heads, a.heads, a.dim, a.dim, "step"
         ),
     ),
     "ridge_readout": Operation(

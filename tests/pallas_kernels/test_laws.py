@@ -16,11 +16,13 @@ from memseq.pallas_kernels import (
     diagonal_plus_low_rank,
     linear_attention,
     linear_scan,
+    log_linear_attention,
     ridge_readout,
     selective_scan,
 )
 from memseq.pallas_kernels.bench import OPERATIONS as BENCH
 from memseq.pallas_kernels.common import chunks
+from memseq.pallas_kernels.log_linear_attention import LogLinearState
 from tests.pallas_kernels.harness import (
     assert_close,
     assert_same,
@@ -77,6 +79,27 @@ def ridge_readout_inputs(rng):
     }
 
 
+def log_linear_attention_inputs(rng):
+    inputs = delta_rule_inputs(rng)
+    lead = (BATCH, TIME, HEADS)
+    return inputs | {
+        "level_scale": rng.normal(size=(*lead, 4)),
+        "initial_state": (
+            rng.normal(size=(BATCH, HEADS, 3, DIM, 3)),
+            np.array([3.0, 0.0, 6.0, 5.0]),
+        ),
+    }
+
+
+def with_float_position(*, initial_state=None, **inputs):
+    """`log_linear_attention` whose state is all floating, so that all of it has a gradient."""
+    if initial_state is not None:
+        memories, position = initial_state
+        initial_state = LogLinearState(memories, position.astype("int32"))
+    out, state = log_linear_attention(initial_state=initial_state, **inputs)
+    return out, (state.memories, state.position.astype(state.memories.dtype))
+
+
 def linear_scan_inputs(rng):
     lead = (BATCH, TIME, 3)
     return {
@@ -117,13 +140,24 @@ OPERATIONS = {
         diagonal_plus_low_rank_inputs,
         {"chunk_size": 8},
     ),
+    "log_linear_attention": (
+        with_float_position,
+        log_linear_attention_inputs,
+        {"chunk_size": 8},
+    ),
     "ridge_readout": (ridge_readout, ridge_readout_inputs, {"chunk_size": 8, "iterations": 9}),
     "linear_scan": (linear_scan, linear_scan_inputs, {"chunk_size": 8}),
     "selective_scan": (selective_scan, selective_scan_inputs, {"chunk_size": 8}),
     "causal_conv": (causal_conv, causal_conv_inputs, {"activation": "silu"}),
 }
 # these go by chunk on a CPU
-MATRIX = ("linear_attention", "delta_rule", "diagonal_plus_low_rank", "ridge_readout")
+MATRIX = (
+    "linear_attention",
+    "delta_rule",
+    "diagonal_plus_low_rank",
+    "log_linear_attention",
+    "ridge_readout",
+)
 SHARED = ("bonus", "kernel", "bias", "A", "D", "ridge")  # the arguments without a batch axis
 
 
@@ -187,6 +221,11 @@ def row(tree, number=0):
     return jax.tree.map(lambda x: np.asarray(x)[number : number + 1], tree)
 
 
+def any_difference(a, b):
+    pairs = zip(*map(jax.tree.leaves, (a, b)), strict=True)
+    return any((np.asarray(x) != np.asarray(y)).any() for x, y in pairs)
+
+
 ONE_SEGMENT = np.zeros((BATCH, TIME), np.int32)
 PACKED = np.stack([IDS, IDS[::-1], np.roll(IDS, 5), ONE_SEGMENT[0]])
 
@@ -200,8 +239,7 @@ def test_the_future_changes_nothing(operation):
             later = operation.changed(np.s_[:, now:])
             (other, other_state), others = operation.run(later, cotangents, ids)
             assert (np.asarray(out)[:, now:] != np.asarray(other)[:, now:]).any()
-            for before, after in zip(*map(jax.tree.leaves, (state, other_state)), strict=True):
-                assert (np.asarray(before) != np.asarray(after)).any()
+            assert any_difference(state, other_state)
             assert_same(other[:, :now], out[:, :now])
             for name, gradient in gradients.items():
                 if name in operation.by_time:
@@ -232,8 +270,8 @@ def test_segments_are_alone(operation):
             assert (gradient[inside] != 0).any(), name
             assert_same(gradient[~inside], np.zeros_like(gradient[~inside]), name)
         # the initial state continues the first segment only
-        for gradient in jax.tree.leaves(row(gradients["initial_state"])):
-            assert (gradient != 0).any() == (index == 0)
+        gradient = row(gradients["initial_state"])
+        assert any_difference(gradient, jax.tree.map(np.zeros_like, gradient)) == (index == 0)
 
 
 def test_padding_is_invisible(operation):

@@ -1,0 +1,264 @@
+"""`log_linear_attention`: its forms against the equations, and which level holds which pair."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from memseq.pallas_kernels import delta_rule, linear_attention, log_linear_attention
+from memseq.pallas_kernels.common.triangular import unit_lower_inverse
+from memseq.pallas_kernels.log_linear_attention import LogLinearState
+from memseq.pallas_kernels.log_linear_attention.levels import place, positions
+from memseq.pallas_kernels.log_linear_attention.shapes import (
+    SHAPES,
+    Shape,
+    example,
+    forward_products,
+)
+from tests.pallas_kernels import oracles_readout
+from tests.pallas_kernels.harness import (
+    assert_close,
+    assert_same,
+    check_16_bit,
+    check_agreement,
+    correlated_keys,
+    hard_decay,
+    packed_ids,
+)
+from tests.pallas_kernels.test_bench import multiply_adds
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """decay: None, "head" or "step"; beta: the largest or None; start: of the first row."""
+
+    time: int
+    decay: str | None = None
+    beta: float | None = None
+    start: int = 0
+    levels: int = 5
+    cosine: float = 0.5
+    longest: int | None = None
+    batch: int = 2
+    key_heads: int = 2
+    heads: int = 2
+    chunk_size: int | None = None
+    scale: float | None = None
+    dim: int = 6
+    values: int = 3
+
+    def build(self, seed=0):
+        rng = np.random.default_rng(seed)
+        lead, dim = (self.batch, self.time), self.dim
+        position = (self.start + np.arange(self.batch)).astype(np.int32)
+        exists = (position[:, None] >> np.arange(self.levels - 1)) & 1
+        shape = (self.batch, self.heads, self.levels - 1, dim, self.values)
+        inputs = {
+            "query": rng.normal(size=(*lead, self.key_heads, dim)),
+            "key": correlated_keys(rng, *lead, self.key_heads, dim, self.cosine),
+            "value": rng.normal(size=(*lead, self.heads, self.values)),
+            "level_scale": rng.normal(size=(*lead, self.heads, self.levels)),
+            "memories": exists[:, None, :, None, None] * rng.normal(size=shape),
+        }
+        if self.decay == "head":
+            inputs["log_decay"] = -rng.exponential(0.1, size=self.heads)
+        elif self.decay == "step":
+            inputs["log_decay"] = hard_decay(rng, (*lead, self.heads))
+        if self.beta is not None:
+            strength = rng.uniform(-0.2, 1.2, size=(*lead, self.heads)).clip(0, 1)
+            inputs["beta"] = self.beta * strength
+        options = {"position": position, "chunk_size": self.chunk_size, "scale": self.scale}
+        if self.longest is not None:
+            options["segment_ids"] = packed_ids(rng, *lead, self.longest)
+        return inputs, options, rng
+
+
+def split_state(function):
+    """The operation with the initial state's memories among its arrays, and no position after."""
+
+    def call(*, memories, position, **rest):
+        out, state = function(**rest, initial_state=LogLinearState(memories, position))
+        return out, state.memories
+
+    return call
+
+
+operation = split_state(log_linear_attention)
+
+CASES = {
+    "one step": Case(1, "head", start=3),
+    "adds, hard gates, short segments, grouped heads": Case(
+        45, "step", longest=9, batch=3, chunk_size=16, heads=4, start=5
+    ),
+    "delta, odd length, grouped heads, segments": Case(
+        45, "step", 2.0, longest=30, batch=3, heads=4, chunk_size=16, start=6
+    ),
+    "delta, close keys, one chunk longer than the levels": Case(
+        33, None, 2.0, levels=3, cosine=0.9, batch=1, scale=1.0
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forms_agree(name):
+    inputs, options, rng = CASES[name].build()
+    oracle = split_state(oracles_readout.log_linear_attention)
+    check_agreement(operation, oracle, inputs, options, rng)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("time", [1, 2, 63, 64, 65, 150])
+@pytest.mark.parametrize("decay", [None, "step"])
+@pytest.mark.parametrize("beta", [None, 2.0])
+@pytest.mark.parametrize("longest", [None, 5, 80])
+def test_forms_agree_everywhere(time, decay, beta, longest):
+    case = Case(time, decay, beta, levels=6, cosine=0.9, longest=longest, batch=3, start=7)
+    inputs, options, rng = case.build(time)
+    oracle = split_state(oracles_readout.log_linear_attention)
+    check_agreement(operation, oracle, inputs, options, rng)
+
+
+def test_16_bit_inputs():
+    inputs, options, rng = Case(40, "step", 2.0, longest=17, batch=3, chunk_size=16).build()
+    check_16_bit(operation, inputs, options, rng)
+
+
+@pytest.mark.parametrize("beta", [None, 2.0])
+def test_with_all_weights_one_it_is_the_plain_memory(beta):
+    inputs, options, _ = Case(40, "step", beta, start=6, longest=15, batch=3, heads=4).build()
+    del options["position"]
+    position = np.array([6, 7, 8], np.int32)
+    memories, weights = inputs.pop("memories"), inputs.pop("level_scale")
+    start = LogLinearState(memories, position)
+
+    @jax.jit
+    def both(inputs):
+        ones = {"level_scale": jnp.ones_like(weights)}
+        levels = log_linear_attention(**inputs, **ones, **options, initial_state=start)
+        plain = linear_attention if beta is None else delta_rule
+        return levels, plain(**inputs, **options, initial_state=memories.sum(axis=2))
+
+    with jax.enable_x64(True):
+        (out, state), want = both(inputs)
+    assert_close((out, np.asarray(state.memories).sum(axis=2)), want, 1e-12)
+
+
+def test_levels_are_the_paper_s():
+    """With keys of ones and values of unit vectors an output shows who is at a level."""
+    time, levels = 24, 5
+    ones = np.ones((1, time, 1, 1))
+    value = np.eye(time)[None, :, None]
+    for form in ("reference", "chunked"):
+        options = {"chunk_size": 4, "implementation": form}
+        call = jax.jit(lambda w, o=options: log_linear_attention(ones, ones, value, w, **o)[0])
+        for level in range(levels):
+            weights = np.zeros((1, time, 1, levels))
+            weights[..., level] = 1
+            read = call(weights)
+            for t, row in enumerate(np.asarray(read)[0, :, 0]):
+                first, end = (t, t + 1) if level == 0 else (0, 0)
+                for size, bucket in oracles_readout.buckets(t).items():
+                    if min(size, levels - 1) == level:
+                        first, end = min(bucket), max(bucket)
+                        first = 0 if level == levels - 1 else first
+                np.testing.assert_array_equal(row, np.isin(np.arange(time), np.arange(first, end)))
+
+
+def test_place_is_that_of_the_tree():
+    found = place(np.arange(70)[:, None], np.arange(70), 5)
+    for i in range(70):
+        for j in range(i + 1):
+            assert found[i, j] == oracles_readout.level_of(j, i, 6) - 1
+
+
+def test_positions_skip_padding_and_restart():
+    valid = np.array([[0, 1, 1, 0, 1, 1, 0, 1]], bool)
+    index = np.array([[0, 0, 0, 0, 1, 1, 1, 2]], np.int32)
+    before, after = positions(valid, index, np.array([5], np.int32))
+    np.testing.assert_array_equal(before, [[5, 5, 6, 7, 0, 1, 2, 0]])
+    np.testing.assert_array_equal(after, [[5, 6, 7, 7, 1, 2, 2, 1]])
+
+
+def test_a_memory_goes_on_for_ever():
+    """A position beyond 2^31 wraps, and the tree does not notice: its last level has no end."""
+    inputs, _, _ = Case(12, "step", batch=1, levels=4).build()
+    for form in ("reference", "chunked"):
+        call = jax.jit(lambda o, form=form: operation(**inputs, **o, implementation=form))
+        late, early = ({"position": np.array([p], np.int32)} for p in (2**31 - 8, 8))
+        assert_same(call(late), call(early))
+
+
+BAD = {
+    "query: expected [batch, time, key_heads, key_dim] = [any, any, any, any]": {
+        "query": np.zeros((2, 5, 4))
+    },
+    "key: expected query's [batch, time, key_heads, key_dim] = [2, 5, 2, 4]": {
+        "key": np.zeros((2, 5, 2, 3))
+    },
+    "value: the number of its heads must be a multiple of the key's 2, got 3": {
+        "value": np.zeros((2, 5, 3, 3))
+    },
+    "level_scale: expected [batch, time, heads, levels] = [2, 5, 2, any], got shape [2, 5, 2]": {
+        "level_scale": np.zeros((2, 5, 2))
+    },
+    "level_scale: expected at least 2 levels, got 1": {"level_scale": np.zeros((2, 5, 2, 1))},
+    "log_decay: expected [heads] = [2] or [batch, time, heads] = [2, 5, 2], "
+    "got shape [2, 5, 2, 4]": {"log_decay": np.zeros((2, 5, 2, 4))},
+    "beta: expected [batch, time, heads] = [2, 5, 2], got shape [2, 5]": {"beta": np.zeros((2, 5))},
+    "initial_state: expected a LogLinearState (memories, position), got ndarray": {
+        "initial_state": np.zeros((2, 2, 4, 3))
+    },
+    "initial_state.memories: expected [batch, heads, levels - 1, key_dim, value_dim] = "
+    "[2, 2, 2, 4, 3]": {"initial_state": (np.zeros((2, 2, 3, 4, 3)), np.zeros(2, np.int32))},
+    "initial_state.position: expected int32 [batch] = [2], got float64 (2,)": {
+        "initial_state": (np.zeros((2, 2, 2, 4, 3)), np.zeros(2))
+    },
+    "segment_ids: expected int32 [batch, time], got float32": {
+        "segment_ids": np.zeros((2, 5), np.float32)
+    },
+    "chunk_size: expected an integer of at least 1 or None, got 2.5": {"chunk_size": 2.5},
+    "implementation: log_linear_attention has no form 'mosaic_tpu' yet; it has reference, "
+    "chunked": {"implementation": "mosaic_tpu"},
+}
+
+
+@pytest.mark.parametrize("message", BAD, ids=[m.partition(":")[0] for m in BAD])
+def test_bad_input(message):
+    good = {
+        "query": np.zeros((2, 5, 2, 4), np.float32),
+        "key": np.zeros((2, 5, 2, 4), np.float32),
+        "value": np.zeros((2, 5, 2, 3), np.float32),
+        "level_scale": np.zeros((2, 5, 2, 3), np.float32),
+    }
+    with pytest.raises(ValueError) as error:
+        log_linear_attention(**good | BAD[message])
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_named_shapes(name):
+    shape = SHAPES[name]
+    arrays = jax.eval_shape(lambda: example(shape, jax.random.key(0), jnp.bfloat16))
+    out, state = jax.eval_shape(lambda arrays: log_linear_attention(**arrays), arrays)
+    assert out.shape == (shape.batch, shape.time, shape.heads, shape.value_dim)
+    assert out.dtype == jnp.bfloat16
+    memory = (shape.batch, shape.heads, shape.levels - 1, shape.key_dim, shape.value_dim)
+    assert state.memories.shape == memory and state.memories.dtype == jnp.float32
+    assert state.position.shape == (shape.batch,) and state.position.dtype == jnp.int32
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_products_are_those_that_the_chunked_form_takes(delta):
+    shape = Shape(2, 64, 2, 2, 6, 5, None, levels=4, delta=delta)
+    inputs = jax.eval_shape(lambda: example(shape, jax.random.key(0)))
+
+    def call(inputs):
+        return log_linear_attention(**inputs, chunk_size=8, implementation="chunked")
+
+    taken = multiply_adds(jax.make_jaxpr(call)(inputs).jaxpr)
+    if delta:
+        systems = jax.ShapeDtypeStruct((2, 2, 8, 8, 8), np.float32)
+        taken -= multiply_adds(jax.make_jaxpr(unit_lower_inverse)(systems).jaxpr)
+    assert forward_products(shape, 8) == taken
