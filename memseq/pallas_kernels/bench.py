@@ -108,7 +108,7 @@ OPERATIONS = {
         LOG_LINEAR_ATTENTION,
         log_linear_attention_shapes,
         lambda a: log_linear_attention_shapes.Shape(
-            a.batch, a.time, a.heads, a.heads, a.dim, a.dim, "step"
+            a.batch, a.time, a.heads, a.heads, a.dim, a.dim, "step", levels=16
         ),
     ),
     "ridge_readout": Operation(
