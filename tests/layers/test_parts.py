@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memseq.layers import DeltaNet
+from memseq.layers import HGRN2, DeltaNet, GatedLinearAttention
 from memseq.layers.common.base import check_like, enter, leave
 from memseq.layers.common.parts import (
     MambaGate,
@@ -82,6 +82,28 @@ def test_short_conv(width, use_bias):
     got = np.concatenate([first[0], second[0]])
     np.testing.assert_allclose(got, short_conv(x[0], params["kernel"], bias), rtol=0, atol=1e-12)
     np.testing.assert_array_equal(tail[0], x[0, 9 - (width - 1) :])
+
+
+def test_short_conv_with_a_residual():
+    """x + conv(x), activated."""
+    x, kernel = RNG.normal(size=(1, 5, 6)), RNG.normal(size=(3, 6))
+    with jax.enable_x64(True):
+        module, tail = ShortConv(3, 6, residual=True), conv_tail(1, 3, 6, jnp.float64)
+        got, _ = apply(module, {"kernel": kernel}, x, tail, None)
+    want = silu(x[0] + short_conv(x[0], kernel, activation=None))
+    np.testing.assert_allclose(got[0], want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("layer", [DeltaNet, GatedLinearAttention, HGRN2])
+def test_a_residual_convolution_of_nothing_is_none(layer):
+    """conv_residual with a kernel of zeros is the layer without a convolution."""
+    x = RNG.normal(size=(2, 7, 16)).astype(np.float32)
+    plain = layer(16, conv_width=0)
+    params = plain.init(jax.random.key(0), x)["params"]
+    channels = plain.clone(conv_width=4).init_state(1).conv.shape[-1]
+    conv = {"conv": {"kernel": np.zeros((4, channels), np.float32)}}
+    y, _ = apply(plain.clone(conv_width=4, conv_residual=True), params | conv, x)
+    np.testing.assert_allclose(y, apply(plain, params, x)[0], rtol=0, atol=1e-6)
 
 
 def test_short_conv_of_width_zero():

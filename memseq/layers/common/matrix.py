@@ -42,6 +42,9 @@ class MatrixLayer(SequenceLayer):
         output_gate: multiply the read-out by a projection of x, activated.
         gate_activation: of the output gate, "silu" or "sigmoid".
         conv_width: short convolution of query, key and value, with silu; 0 is none.
+        conv_residual: add the convolution to what it convolves, activated only where the layer is
+            without one (Allen-Zhu 2025, "Physics of Language Models: Part 4.1", arXiv:2512.17351:
+            the Canon layer at query, key and value; its width is 4).
     """
 
     key_dim: int | None = None
@@ -50,13 +53,21 @@ class MatrixLayer(SequenceLayer):
     output_gate: bool = False
     gate_activation: str = "silu"
     conv_width: int = 0
+    conv_residual: bool = False
 
     STATE: ClassVar[type] = MatrixState
 
     def setup(self):
         self.setup_matrix()
 
-    def setup_matrix(self, conv_activation: str | None = "silu") -> None:
+    def setup_matrix(
+        self, conv_activation: str | None = "silu", activation: str | None = "silu"
+    ) -> None:
+        """Projections, convolution, norm and gate.
+
+        conv_activation: of query, key and value with a short convolution that replaces them.
+        activation: of them without one, or with one that is added to them.
+        """
         check_choice("gate_activation", self.gate_activation, GATE_ACTIVATIONS)
         key_heads, key_dim, heads, value_dim = self.dims()
         self.query = self.dense(key_heads * key_dim)
@@ -65,7 +76,10 @@ class MatrixLayer(SequenceLayer):
         self.conv = ShortConv(
             self.conv_width,
             self._channels(),
-            activation=conv_activation,
+            residual=self.conv_residual,
+            activation=conv_activation
+            if self.conv_width and not self.conv_residual
+            else activation,
             implementation=self.plain_implementation(),
             param_dtype=self.param_dtype,
         )

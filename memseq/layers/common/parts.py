@@ -48,13 +48,14 @@ class RMSNorm(nn.Module):
 class ShortConv(nn.Module):
     """Causal depthwise convolution of `width` steps over [batch, time, channels].
 
-    width 0 is no convolution: the input, activated. Kernel and bias start uniform in
-    +- width ** -0.5, as a convolution of fan-in `width`.
+    width 0 is no convolution: the input, activated. residual: the input is added to the sum.
+    Kernel and bias start uniform in +- width ** -0.5, as a convolution of fan-in `width`.
     """
 
     width: int
     channels: int
     use_bias: bool = False
+    residual: bool = False
     activation: str | None = "silu"
     implementation: str = "auto"
     param_dtype: Any = jnp.float32
@@ -65,6 +66,8 @@ class ShortConv(nn.Module):
             return x if self.activation is None else nn.silu(x), tail
         uniform = uniform_within(self.width**-0.5)
         kernel = self.param("kernel", uniform, (self.width, self.channels), self.param_dtype)
+        if self.residual:
+            kernel = widen(kernel).at[-1].add(1)
         bias = None
         if self.use_bias:
             bias = self.param("bias", uniform, (self.channels,), self.param_dtype)

@@ -102,7 +102,7 @@ class LightNet(MatrixLayer):
 
     def setup(self):
         check_count("gate_rank", self.gate_rank, 1)
-        self.setup_matrix("silu" if self.conv_width else None)
+        self.setup_matrix(activation=None)
 
     @nn.nowrap
     def make_gate(self, size):
@@ -176,7 +176,7 @@ class ABC(MatrixLayer):
         check_count("slots", self.slots, 1)
         if self.dims()[1] % 2:
             raise ValueError(f"key_dim: rotary positions need an even size, got {self.dims()[1]}")
-        self.setup_matrix("silu" if self.conv_width else None)
+        self.setup_matrix(activation=None)
         self.choice = self.dense(self.heads * self.slots)
 
     @nn.nowrap

@@ -45,7 +45,7 @@ class GatedLinearAttention(MatrixLayer):
         key_heads, key_dim, _, _ = self.dims()
         check_count("gate_rank", self.gate_rank, 1)
         check_gate_normalizer(self.gate_normalizer)
-        self.setup_matrix("silu" if self.conv_width else None)
+        self.setup_matrix(activation=None)
         self.decay_in = self.dense(self.gate_rank)
         self.decay_out = self.dense(key_heads * key_dim, use_bias=True)
 

@@ -45,7 +45,7 @@ class HGRN2(MatrixLayer):
 
     def setup(self):
         check_layer_index(self.layer_index, self.num_layers)
-        self.setup_matrix(None)
+        self.setup_matrix(None, None)
         if self.layer_index:
             share = self.layer_index / self.num_layers
             start = nn.initializers.constant(math.log(share / (1 - share)))

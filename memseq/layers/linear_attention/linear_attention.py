@@ -52,7 +52,7 @@ class LinearAttention(MatrixLayer):
                 f"normalize: expected False with feature_map {self.feature_map!r}, whose values "
                 "can be negative, got True"
             )
-        self.setup_matrix("silu" if self.conv_width else None)
+        self.setup_matrix(activation=None)
         if phi.make is not None:
             self.query_map = phi.make(self.param_dtype)
             self.key_map = phi.make(self.param_dtype)

@@ -50,7 +50,7 @@ class Retention(MatrixLayer):
     def setup(self):
         if self.dims()[1] % 2:
             raise ValueError(f"key_dim: rotary positions need an even size, got {self.dims()[1]}")
-        self.setup_matrix("silu" if self.conv_width else None)
+        self.setup_matrix(activation=None)
 
     @nn.nowrap
     def dims(self):

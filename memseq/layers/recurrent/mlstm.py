@@ -59,7 +59,7 @@ class MLSTM(MatrixLayer):
     def setup(self):
         if self.gate_cap is not None and not self.gate_cap > 0:
             raise ValueError(f"gate_cap: expected a positive number or None, got {self.gate_cap}")
-        self.setup_matrix("silu" if self.conv_width else None)
+        self.setup_matrix(activation=None)
 
         def forget_bias(key, shape, dtype):
             return jnp.linspace(3.0, 6.0, *shape, dtype=dtype)
