@@ -26,6 +26,7 @@ CASES = [
     ("params/layers/mixer/gate/A_log", (3, 4), (), False, False),
     ("params/layers/mixer/gate/dt_bias", (3, 4), (), False, False),
     ("params/layers/mixer/gain_log", (3, 64), (), False, False),
+    ("params/layers/mixer/phase", (3, 64, 32), (), False, False),
     ("params/layers/mixer/D", (3, 64), (), False, False),
     ("params/nothing/like/this", (64, 64), (), False, False),
 ]

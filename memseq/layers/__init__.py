@@ -43,6 +43,7 @@ from memseq.layers.state_space.hippo_memory import HiPPOMemory
 from memseq.layers.state_space.lru import LRU
 from memseq.layers.state_space.mamba import Mamba
 from memseq.layers.state_space.mamba2 import Mamba2
+from memseq.layers.state_space.s4d import DSS, S4D, SMR
 
 # Every causal sequence layer by name; each constructor works with `features` alone.
 REGISTRY = {
@@ -74,6 +75,9 @@ REGISTRY = {
     "mamba": Mamba,
     "mamba2": Mamba2,
     "lru": LRU,
+    "s4d": S4D,
+    "dss": DSS,
+    "smr": SMR,
     "hippo_memory": HiPPOMemory,
     "rglru": RGLRU,
     "hawk": Hawk,
@@ -97,6 +101,7 @@ __all__ = [
     "ABC",
     "CHANNEL_LAYERS",
     "CROSS_LAYERS",
+    "DSS",
     "FFM",
     "GRU",
     "HGRN",
@@ -109,8 +114,10 @@ __all__ = [
     "RGLRU",
     "RWKV6",
     "RWKV7",
+    "S4D",
     "SET_LAYERS",
     "SLSTM",
+    "SMR",
     "Based",
     "BilinearRNN",
     "Comba",
