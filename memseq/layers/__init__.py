@@ -20,6 +20,8 @@ from memseq.layers.delta_rule.preconditioned import (
     PreconditionedKimiDeltaAttention,
 )
 from memseq.layers.delta_rule.rwkv7 import RWKV7
+from memseq.layers.hopfield.blocks import HopfieldDecoderBlock, HopfieldEncoderBlock
+from memseq.layers.hopfield.hopfield import Hopfield, HopfieldLookup, HopfieldPooling
 from memseq.layers.linear_attention.cumulative_softmax import ABC, LightNet
 from memseq.layers.linear_attention.gated_linear_attention import GatedLinearAttention
 from memseq.layers.linear_attention.gated_slot_attention import GatedSlotAttention
@@ -93,9 +95,18 @@ REGISTRY = {
     "ffm": FFM,
     "bilinear_rnn": BilinearRNN,
 }
-SET_LAYERS: dict = {}
+# Layers of sets: y = layer(x[, mask]).
+SET_LAYERS = {
+    "hopfield": Hopfield,
+    "hopfield_pooling": HopfieldPooling,
+    "hopfield_lookup": HopfieldLookup,
+    "hopfield_encoder_block": HopfieldEncoderBlock,
+}
 CHANNEL_LAYERS: dict = {}
-CROSS_LAYERS: dict = {}
+# Layers that read another sequence or set: y, state = layer(x, memory[, state]).
+CROSS_LAYERS = {
+    "hopfield_decoder_block": HopfieldDecoderBlock,
+}
 
 __all__ = [
     "ABC",
@@ -131,6 +142,11 @@ __all__ = [
     "Hawk",
     "HiPPOMemory",
     "KimiDeltaAttention",
+    "Hopfield",
+    "HopfieldDecoderBlock",
+    "HopfieldEncoderBlock",
+    "HopfieldLookup",
+    "HopfieldPooling",
     "LightNet",
     "LightningAttention",
     "LinearAttention",

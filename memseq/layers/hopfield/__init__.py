@@ -1,0 +1,1 @@
+"""Layers that retrieve stored patterns, after Hopfield networks."""
