@@ -46,6 +46,7 @@ from memseq.layers.state_space.lru import LRU
 from memseq.layers.state_space.mamba import Mamba
 from memseq.layers.state_space.mamba2 import Mamba2
 from memseq.layers.state_space.s4d import DSS, S4D, SMR
+from memseq.layers.state_space.s5 import S5, BidirectionalS5
 
 # Every causal sequence layer by name; each constructor works with `features` alone.
 REGISTRY = {
@@ -78,6 +79,7 @@ REGISTRY = {
     "mamba2": Mamba2,
     "lru": LRU,
     "s4d": S4D,
+    "s5": S5,
     "dss": DSS,
     "smr": SMR,
     "hippo_memory": HiPPOMemory,
@@ -97,6 +99,7 @@ REGISTRY = {
 }
 # Layers of sets: y = layer(x[, mask]).
 SET_LAYERS = {
+    "bidirectional_s5": BidirectionalS5,
     "hopfield": Hopfield,
     "hopfield_pooling": HopfieldPooling,
     "hopfield_lookup": HopfieldLookup,
@@ -126,10 +129,12 @@ __all__ = [
     "RWKV6",
     "RWKV7",
     "S4D",
+    "S5",
     "SET_LAYERS",
     "SLSTM",
     "SMR",
     "Based",
+    "BidirectionalS5",
     "BilinearRNN",
     "Comba",
     "DeltaNet",
