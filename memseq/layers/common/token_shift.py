@@ -59,13 +59,12 @@ class TokenShiftLayer(SequenceLayer):
 
     MEMORY: ClassVar[str] = "matrix [heads, head_dim, head_dim] and the last token"
 
-    def setup_shift(self, **powers: float) -> None:
-        """The shares of the previous token, by name: channel i of C starts at 1 - (i / C)^power."""
+    def setup_shift(self, **starts: np.ndarray) -> None:
+        """The shares of the previous token, by name, and where they start."""
         check_layer_index(self.layer_index, self.num_layers)
-        self.shift_names = tuple(powers)
-        place = np.arange(self.features) / self.features
-        start = constant(np.stack([1 - place**power for power in powers.values()]))
-        shape = (len(powers), self.features)
+        self.shift_names = tuple(starts)
+        start = constant(np.stack(list(starts.values())))
+        shape = (len(starts), self.features)
         self.shift_bias = self.param("shift_bias", start, shape, self.param_dtype)
 
     @nn.nowrap
@@ -76,6 +75,11 @@ class TokenShiftLayer(SequenceLayer):
                 f"heads: features {self.features} must be a multiple of it, got {self.heads}"
             )
         return self.features // self.heads
+
+    @nn.nowrap
+    def falling(self, power: float) -> np.ndarray:
+        """1 - (i / C)^power for channel i of C: where shares start."""
+        return 1 - (np.arange(self.features) / self.features) ** power
 
     @nn.nowrap
     def depth(self) -> tuple[float, float]:

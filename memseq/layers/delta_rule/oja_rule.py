@@ -26,7 +26,7 @@ class OjaRule(MatrixLayer):
         out_t = S_t^T q_t / sqrt(key_dim),  log a_t = -exp(A_log) softplus(W2 W1 x_t + dt_bias)
 
     Oja 1982, "A simplified neuron model as a principal component analyzer", J. Math. Biology 15, as
-    a rule for fast weights (Irie et al. 2022, arXiv:2206.01649, section 3.2), with a decay of value
+    a rule for fast weights (Irie et al. 2022, arXiv:2206.01649), with a decay of value
     channels. Queries, keys and values are unit vectors: those of values keep the memory bounded.
 
     The errors k - S' v are the delta rule's, of the transposed memory; the read-out is linear

@@ -31,11 +31,11 @@ class RWKV7(TokenShiftLayer):
         r_t = unit(W_k x_t * remove_scale),  k_t = W_k x_t * (1 + (rate_t - 1) * key_scale)
 
     with products of vectors elementwise and the removal r reading the memory before its decay. Peng
-    et al. 2025, "RWKV-7 Goose", arXiv:2503.14456, equations 2 to 21: x_t is mixed with the token
-    before it, by a share for each use; the decay, the rate, the gate and the value's mixture are
-    projections of low rank; the read-out is normed by heads, plus a bonus for the present pair,
-    times the gate. Values are mixed with those of the model's first such layer, by `shared`; a
-    layer that finds none there leaves its own, and has no parameters for the mixture.
+    et al. 2025, "RWKV-7 Goose", arXiv:2503.14456: x_t is mixed with the token before it, by a share
+    for each use; the decay, the rate, the gate and the value's mixture are projections of low rank;
+    the read-out is normed by heads, plus a bonus for the present pair, times the gate. Values are
+    mixed with those of the model's first such layer, by `shared`; a layer that finds none there
+    leaves its own, and has no parameters for the mixture.
 
     Parameters start as in the authors' training code; the output projection starts at 0, so that
     the layer does.
@@ -60,12 +60,12 @@ class RWKV7(TokenShiftLayer):
         size, dim = self.features, self.head_dim()
         early, late = self.depth()
         self.setup_shift(
-            query=0.2 * late,
-            decay=0.9 * late,
-            key=0.7 * late,
-            value=0.7 * late,
-            rate=0.9 * late,
-            gate=0.2 * late,
+            query=self.falling(0.2 * late),
+            decay=self.falling(0.9 * late),
+            key=self.falling(0.7 * late),
+            value=self.falling(0.7 * late),
+            rate=self.falling(0.9 * late),
+            gate=self.falling(0.2 * late),
         )
         narrow = uniform_within(0.5 * size**-0.5)
         self.query = self.dense(size, kernel_init=narrow)

@@ -83,7 +83,7 @@ class LightNet(MatrixLayer):
         S_t = Diag(exp(z_{t-1} - z_t)) S_{t-1} + exp(k_t - z_t) v_t^T,
         out_t = S_t^T silu(q_t) / sqrt(key_dim)
 
-    Qin et al. 2024, "You Only Scan Once: LightNet", arXiv:2405.21022, section 3 (its additive
+    Qin et al. 2024, "You Only Scan Once: LightNet", arXiv:2405.21022 (its additive
     decay), without the paper's positional encodings. Nothing about the decay is learned: it is that
     of a mean, 1 - 1/t for equal keys.
 
@@ -152,10 +152,10 @@ class ABC(MatrixLayer):
         K_t = sum_{s <= t} k_s w_s,t^T,  V_t = sum_{s <= t} w_s,t v_s^T,
         out_t = V_t^T softmax(K_t^T q_t / sqrt(key_dim))
 
-    Peng et al. 2022, "ABC: Attention with Bounded-memory Control", arXiv:2110.02488, equations 4 to
-    6 and section 4 (its learned strategy, normalised over the past): `GatedSlotAttention` with
-    gates that no gate is learned for. Queries and keys are rotated by their position in the
-    segment; logits are cut to +-32.
+    Peng et al. 2022, "ABC: Attention with Bounded-memory Control", arXiv:2110.02488 (its learned
+    strategy, normalised over the past): `GatedSlotAttention` in which the normaliser takes the
+    gates' place. Queries and keys are rotated by their position in the segment; logits are cut to
+    +-32.
 
     Attributes (beside those of every layer and of `MatrixLayer`):
         key_dim: size of a key per head; None is half of features / heads.

@@ -39,10 +39,10 @@ class RWKV6(TokenShiftLayer):
         S_t = Diag(w_t) S_{t-1} + k_t v_t^T,  out_t = (S_{t-1} + (bonus * k_t) v_t^T)^T q_t,
         log w_t = -exp(decay(x_t))
 
-    Peng et al. 2024, "Eagle and Finch", arXiv:2404.05892, equations 14 to 20. What is projected is
-    x_t mixed with the token before it; how much of it, for each use and channel, depends on the two
-    by a projection of low rank. The decay's projection is of low rank too. The read-out is normed
-    by heads and gated by silu. Decays and shares start as in the authors' training code.
+    Peng et al. 2024, "Eagle and Finch", arXiv:2404.05892 (Finch). What is projected is x_t mixed
+    with the token before it; how much of it, for each use and channel, depends on the two by a
+    projection of low rank. The decay's projection is of low rank too. The read-out is normed by
+    heads and gated by silu. Decays and shares start as in the authors' training code.
 
     decay(x_t) is cut at 5: what is left after such a step, exp(-148), is 0 in float32, and the
     exponential cannot overflow.
@@ -65,9 +65,15 @@ class RWKV6(TokenShiftLayer):
         check_count("decay_rank", self.decay_rank, 1)
         size, dim = self.features, self.head_dim()
         early, late = self.depth()
-        self.setup_shift(query=0.5 * late, key=late, value=late, decay=late, gate=0.5 * late)
+        self.setup_shift(
+            query=self.falling(0.5 * late),
+            key=self.falling(late),
+            value=self.falling(late) - 0.3 * early,
+            decay=self.falling(late),
+            gate=self.falling(0.5 * late),
+        )
         place = np.arange(size) / max(size - 1, 1)
-        first = constant(1 - (np.arange(size) / size) ** late)
+        first = constant(self.falling(late))
         self.first_shift_bias = self.param("first_shift_bias", first, (size,), self.param_dtype)
         uses = len(self.shift_names)
         self.shift_in = self.dense(uses * self.shift_rank, kernel_init=nn.initializers.zeros)
