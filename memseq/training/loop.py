@@ -103,6 +103,7 @@ class _Run:
         options = config.train
         with self.clock("init"):
             model = build.language_model(config.model)
+            self.state_bytes = model.state_bytes(1, options.length)
             optimizer, schedule = optimizers.make_optimizer(config.optimizer, options.steps)
             self.state, shardings = states.sharded_initial_state(
                 model, optimizer, config.seed, options.length, mesh
@@ -259,7 +260,8 @@ class _Run:
         sessions = JsonLines(self.workdir / "sessions.jsonl")
         sessions.write({"step": self.step, **configs.provenance()})
         sessions.close()
-        self.progress.say(f"{self.workdir}: {table.splitlines()[-1]}")
+        total = f"{table.splitlines()[-1]}; {self.state_bytes:,} bytes of memory a sequence"
+        self.progress.say(f"{self.workdir}: {total}")
         if restored:
             for step, reason in restored.skipped.items():
                 self.progress.say(f"the checkpoint of step {step} cannot be used: {reason}")

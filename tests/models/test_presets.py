@@ -1,0 +1,50 @@
+"""The models of configs/lm with papers' shapes: counted, not allocated, and tiny ones run."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from memseq import config as configs
+from memseq.models import build
+
+FOLDER = Path(__file__).parent.parent.parent / "configs" / "lm"
+
+# parameters, what the paper says of them in millions, bytes of memory after 2,048 positions
+PRESETS = {
+    "gla_340m": (341_707_776, 340, 12_583_008),
+    "gated_deltanet_1b": (1_387_348_732, 1_300, 66_834_516),
+    "rwkv7_04b": (451_084_288, 450.8, 6_340_704),
+    "based": (341_023_744, 363, 16_850_832),
+    "deltaproduct": (392_318_976, 392, 13_320_288),
+}
+
+
+def model_of(name):
+    return build.language_model(configs.load(str(FOLDER / name)).model)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_size(name):
+    count, published, state_bytes = PRESETS[name]
+    model = model_of(f"{name}.py")
+    tokens = jax.ShapeDtypeStruct((1, 16), jnp.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
+    assert abs(count / 1e6 / published - 1) < 0.07
+    assert model.state_bytes(1, 2048) == state_bytes
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_smoke_variant_is_small_and_runs(name):
+    model = model_of(f"{name}.py:smoke")
+    tokens = jnp.zeros((1, 8), jnp.int32)
+
+    def run(key):
+        params = model.init(key, tokens)
+        return model.apply(params, tokens)[0], params
+
+    logits, params = jax.eval_shape(run, jax.random.key(0))
+    assert logits.shape == (1, 8, 257)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) < 1_000_000
