@@ -32,6 +32,7 @@ from memseq.layers.linear_attention.rwkv6 import RWKV6
 from memseq.layers.linear_attention.simple_gated_linear_attention import (
     SimpleGatedLinearAttention,
 )
+from memseq.layers.readout.log_linear import LogLinearGatedDeltaNet, LogLinearMamba2
 from memseq.layers.readout.mesa_net import MesaNet
 from memseq.layers.recurrent.bilinear import BilinearRNN
 from memseq.layers.recurrent.ffm import FFM
@@ -74,6 +75,8 @@ REGISTRY = {
     "preconditioned_gated_delta_net": PreconditionedGatedDeltaNet,
     "preconditioned_kimi_delta_attention": PreconditionedKimiDeltaAttention,
     "mesa_net": MesaNet,
+    "log_linear_mamba2": LogLinearMamba2,
+    "log_linear_gated_delta_net": LogLinearGatedDeltaNet,
     "rwkv7": RWKV7,
     "mamba": Mamba,
     "mamba2": Mamba2,
@@ -157,6 +160,8 @@ __all__ = [
     "LinearAttention",
     "Longhorn",
     "Mamba",
+    "LogLinearGatedDeltaNet",
+    "LogLinearMamba2",
     "Mamba2",
     "MesaNet",
     "MinGRU",

@@ -4,7 +4,13 @@ import jax
 import numpy as np
 import pytest
 
-from memseq.layers import MesaNet
+from memseq.layers import (
+    GatedDeltaNet,
+    LogLinearGatedDeltaNet,
+    LogLinearMamba2,
+    Mamba2,
+    MesaNet,
+)
 from tests.layers.harness import (
     FEATURES,
     IDS,
@@ -13,8 +19,10 @@ from tests.layers.harness import (
     count,
     init,
     inputs,
+    query_key_value,
     random_params,
     read_out,
+    rms_norm,
     run64,
     short_conv,
     sigmoid,
@@ -47,7 +55,95 @@ def mesa_net(layer, params, x):
     return read_out(params, x, out), memory, {"mean_decay": decay, "mean_beta": beta}
 
 
+class Levels:
+    """The memories of one head, one a level, merged as steps go by: see `read` and `merge`."""
+
+    def __init__(self, levels, keys, values):
+        self.memory = np.zeros((levels, keys, values))  # level 0 is empty between steps
+        self.steps = 0
+
+    def pass_through(self, transition):
+        self.memory = np.einsum("ij,ljv->liv", transition, self.memory)
+
+    def read(self, query, pair, weights):
+        self.memory[0] = pair
+        return np.einsum("l,lkv,k->v", weights, self.memory, query)
+
+    def merge(self):
+        """A step is over: as many low levels as the count's trailing zeros say are full."""
+        self.steps += 1
+        into = 1
+        while self.steps % 2**into == 0:
+            into += 1
+        into = min(into, len(self.memory) - 1)
+        self.memory[into] = self.memory[: into + 1].sum(axis=0)
+        self.memory[:into] = 0
+
+
+def level_weights(layer, params, x, heads):
+    logits = (x @ params["level"]["kernel"]).reshape(len(x), heads, -1)
+    return softplus(params["level_scale"] * logits)
+
+
+def log_linear_mamba2(layer, params, x):
+    """Mamba-2's steps on every level's memory."""
+    heads, size = len(params["D"]), layer.state_dim
+    parts = [x @ params[name]["kernel"] for name in ("value", "key", "query")]
+    mixed = np.concatenate(parts, axis=1)
+    mixed = short_conv(mixed, params["conv"]["kernel"], params["conv"]["bias"])
+    inner = parts[0].shape[1]
+    u = mixed[:, :inner].reshape(len(x), heads, -1)
+    b, c = (part.reshape(len(x), -1, size) for part in np.split(mixed[:, inner:], 2, axis=1))
+    dt = softplus(x @ params["step_size"]["kernel"] + params["decay_gate"]["dt_bias"])
+    decay = np.exp(-np.exp(params["decay_gate"]["A_log"]) * dt)
+    weights = level_weights(layer, params, x, heads)
+    group, y = heads // layer.groups, []
+    memories = [Levels(weights.shape[-1], size, u.shape[-1]) for _ in range(heads)]
+    for t in range(len(x)):
+        out = []
+        for h, memory in enumerate(memories):
+            memory.pass_through(decay[t, h] * np.eye(size))
+            pair = np.outer(b[t, h // group], dt[t, h] * u[t, h])
+            read = memory.read(c[t, h // group], pair, weights[t, h])
+            out.append(read + params["D"][h] * u[t, h])
+            memory.merge()
+        gated = np.concatenate(out) * silu(x[t] @ params["gate"]["kernel"])
+        y.append(rms_norm(gated, params["norm"]["scale"]) @ params["output"]["kernel"])
+    sown = {"mean_decay": decay, "mean_level_weight": weights}
+    return np.array(y), np.array([m.memory[1:] for m in memories]), sown
+
+
+def log_linear_gated_delta_net(layer, params, x):
+    """Gated DeltaNet's steps on every level's memory."""
+    heads = params["beta"]["kernel"].shape[1]
+    query, key, value = query_key_value(params, x, layer.heads, heads)
+    gate = params["decay_gate"]
+    step = softplus(x @ params["decay"]["kernel"] + gate["dt_bias"])
+    decay = np.exp(-np.exp(gate["A_log"]) * step)
+    beta = layer.max_beta * sigmoid(x @ params["beta"]["kernel"])
+    weights = level_weights(layer, params, x, heads)
+    group, keys, out = heads // layer.heads, key.shape[-1], np.zeros(value.shape)
+    memories = [Levels(weights.shape[-1], keys, value.shape[-1]) for _ in range(heads)]
+    for t in range(len(x)):
+        for h, memory in enumerate(memories):
+            q, k = unit(query[t, h // group]), unit(key[t, h // group])
+            memory.pass_through(decay[t, h] * (np.eye(keys) - beta[t, h] * np.outer(k, k)))
+            pair = beta[t, h] * np.outer(k, value[t, h])
+            out[t, h] = memory.read(q, pair, weights[t, h]) / np.sqrt(keys)
+            memory.merge()
+    sown = {"mean_decay": decay, "mean_beta": beta, "mean_level_weight": weights}
+    return read_out(params, x, out), np.array([m.memory[1:] for m in memories]), sown
+
+
 LAYERS = {
+    "log-linear mamba2": (
+        LogLinearMamba2(FEATURES, heads=4, groups=2, state_dim=3, max_length=32),
+        log_linear_mamba2,
+    ),
+    "log-linear gated delta net": (
+        LogLinearGatedDeltaNet(FEATURES, heads=2, value_heads=4, key_dim=3, max_length=5),
+        log_linear_gated_delta_net,
+    ),
     "mesa": (MesaNet(FEATURES), mesa_net),
     "mesa, no conv, gate": (
         MesaNet(
@@ -109,6 +205,45 @@ def test_mesa_recalls_what_a_sum_of_close_keys_mixes_up():
     np.testing.assert_allclose(y[0, -1], x[0, -1], atol=0.02)
 
 
+LOG_LINEAR = {
+    "mamba2": (Mamba2, LogLinearMamba2, {"heads": 2, "state_dim": 4}),
+    "gated delta net": (GatedDeltaNet, LogLinearGatedDeltaNet, {"heads": 2, "max_beta": 2.0}),
+}
+
+
+@pytest.mark.parametrize("name", LOG_LINEAR)
+def test_log_linear_with_all_weights_one_is_the_plain_layer(name):
+    plain, log_linear, options = LOG_LINEAR[name]
+    layer = log_linear(FEATURES, max_length=16, **options)
+    params, x = random_params(layer), inputs()
+    # softplus(1 * logits) is one where the logits are log(e - 1); a constant feature gives them
+    x[..., 0] = 1
+    params["level_scale"] = np.ones_like(params["level_scale"])
+    params["level"]["kernel"] = np.zeros_like(params["level"]["kernel"])
+    params["level"]["kernel"][0] = np.log(np.e - 1)
+    y, state, _ = run64(layer, params, x)
+    shared = {name: p for name, p in params.items() if not name.startswith("level")}
+    want, want_state, _ = run64(plain(FEATURES, **options), shared, x)
+    np.testing.assert_allclose(y, want, rtol=0, atol=1e-12)
+    memory = np.asarray(state.memory).sum(axis=2)
+    np.testing.assert_allclose(memory, want_state.memory, rtol=0, atol=1e-12)
+
+
+def test_log_linear_sizes():
+    """One level for the step itself and one a doubling up to max_length; weights start equal."""
+    layer = LogLinearMamba2(32)
+    assert layer.levels() == 15 and layer.clone(max_length=16385).levels() == 16
+    assert layer.clone(max_length=2).levels() == 2
+    state = layer.init_state(3)
+    assert state.memory.shape == (3, 1, 14, 128, 64) and state.position.shape == (3,)
+    extra = 32 * 15 + 15
+    assert count(layer, 32) == count(Mamba2(32), 32) + extra
+    np.testing.assert_array_equal(init(layer)["level_scale"], 1)
+    delta = LogLinearGatedDeltaNet(32)
+    assert delta.init_state(3).memory.shape == (3, 4, 14, 6, 12)
+    assert count(delta, 32) == count(GatedDeltaNet(32), 32) + 4 * extra
+
+
 def test_mesa_starts():
     """The ridge starts at 1, the decay at one half."""
     layer = MesaNet(32)
@@ -120,7 +255,7 @@ def test_mesa_starts():
     assert count(layer, 32) == 4 * 32 * 32 + 2 * (32 * 4 + 4) + 32 + 4 * 64 + 8
 
 
-@pytest.mark.parametrize("layer", [MesaNet(32)])
+@pytest.mark.parametrize("layer", [MesaNet(32), LogLinearMamba2(32, max_length=64)])
 def test_dtypes(layer):
     state = check_dtypes(layer)
     assert state.memory.dtype == np.float32
@@ -134,6 +269,8 @@ def test_dtypes(layer):
         (MesaNet(16, min_ridge=0.0), r"min_ridge: expected a number in \(0, 1\), got 0.0"),
         (MesaNet(16, iterations=0), "iterations: .* got 0"),
         (MesaNet(16, gate_normalizer=0.0), "gate_normalizer: .* got 0.0"),
+        (LogLinearMamba2(16, max_length=1), "max_length: .* got 1"),
+        (LogLinearGatedDeltaNet(16, max_beta=3.0), "max_beta: .* got 3.0"),
         (MesaNet(16, heads=3), "heads: .* got heads 3"),
     ],
 )

@@ -97,6 +97,16 @@ class SequenceLayer(nn.Module):
         """An empty state. `context`: positions to hold, for layers that store them one by one."""
         raise NotImplementedError(f"{type(self).__name__} has no init_state")
 
+    @nn.nowrap
+    def recall(self, state: Any) -> Any:
+        """What the memory operation takes as its initial state."""
+        return state.memory
+
+    @nn.nowrap
+    def keep(self, memory: Any) -> dict[str, jax.Array]:
+        """The state's fields for the state that the memory operation returned."""
+        return {"memory": memory}
+
     def leave_with(self, state: Any, segment_ids: jax.Array | None, **fields: jax.Array) -> Any:
         """The state after this call, which was entered with `state`: `fields` and the segment."""
         self.sow("intermediates", "memory_norm", jnp.sqrt(jnp.mean(fields["memory"] ** 2)))

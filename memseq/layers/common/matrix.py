@@ -136,9 +136,9 @@ class MatrixLayer(SequenceLayer):
         mixed, *gates = inputs
         state = enter(state, self.init_state(mixed.shape[0]), segment_ids)
         query, key, value, conv = self.convolve(mixed, state, segment_ids)
-        options = self.operation_options(segment_ids)
-        out, memory = self.operate(query, key, value, *gates, initial_state=state.memory, **options)
-        return out, self.leave_with(state, segment_ids, memory=memory, conv=conv)
+        options = self.operation_options(segment_ids) | {"initial_state": self.recall(state)}
+        out, memory = self.operate(query, key, value, *gates, **options)
+        return out, self.leave_with(state, segment_ids, **self.keep(memory), conv=conv)
 
     def operate(self, query, key, value, *gates, **options) -> tuple[jax.Array, jax.Array]:
         """The memory operation: (read-out [batch, time, heads, value_dim], memory after it).

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from memseq.layers.common.base import SequenceLayer, enter, leave, no_segment, state_dataclass
+from memseq.layers.common.base import SequenceLayer, enter, no_segment, state_dataclass
 from memseq.layers.common.matrix import MatrixState
 from memseq.layers.common.parts import (
     MambaGate,
@@ -53,6 +53,7 @@ class Mamba2(SequenceLayer):
     PAPER: ClassVar[str] = "Dao and Gu 2024, arXiv:2405.21060"
     MEMORY: ClassVar[str] = "matrix [heads, state_dim, head_dim]"
     OPERATION: ClassVar[str] = "linear_attention"
+    STATE: ClassVar[type] = Mamba2State
 
     def setup(self):
         inner, heads, _ = self._dims()
@@ -100,39 +101,48 @@ class Mamba2(SequenceLayer):
         return self._dims()[0] + 2 * self.groups * self.state_dim
 
     @nn.nowrap
-    def init_state(self, batch: int, context: int | None = None) -> Mamba2State:
+    def init_state(self, batch: int, context: int | None = None) -> Any:
+        """An empty memory and an empty tail of the convolution; `context` changes nothing."""
+        return self.empty_state(batch)
+
+    @nn.nowrap
+    def empty_state(self, batch: int, **more: jax.Array) -> Any:
+        """An empty state whose fields are those of `Mamba2State` and `more`."""
         _, heads, head_dim = self._dims()
-        return Mamba2State(
-            memory=jnp.zeros((batch, heads, self.state_dim, head_dim), jnp.float32),
-            conv=conv_tail(batch, self.conv_width, self._channels(), self.activation_dtype()),
-            segment=no_segment(batch),
-        )
+        fields = {
+            "memory": jnp.zeros((batch, heads, self.state_dim, head_dim), jnp.float32),
+            "conv": conv_tail(batch, self.conv_width, self._channels(), self.activation_dtype()),
+            "segment": no_segment(batch),
+        }
+        return self.STATE(**fields | more)
 
     def project(self, x: jax.Array) -> Any:
         mixed = jnp.concatenate([self.value(x), self.key(x), self.query(x)], axis=-1)
         dt, log_decay = self.decay_gate(self.step_size(x), self.dt_limit)
-        self.sow("intermediates", "mean_decay", jnp.exp(log_decay).mean())
-        return mixed, dt, log_decay
+        return mixed, dt, self.sow_decay(log_decay)
 
     def mix(self, inputs, state, segment_ids):
-        mixed, dt, log_decay = inputs
+        mixed, dt, *gates = inputs
         inner, heads, _ = self._dims()
         state = enter(state, self.init_state(mixed.shape[0]), segment_ids)
         mixed, conv = self.conv(mixed, state.conv, segment_ids)
         value, key, query = jnp.split(mixed, [inner, inner + self.groups * self.state_dim], axis=-1)
         value = split_heads(value, heads)
-        out, memory = linear_attention(
+        out, memory = self.operate(
             split_heads(query, self.groups),
             split_heads(key, self.groups),
             (value * dt[..., None]).astype(value.dtype),
-            log_decay,
+            *gates,
             scale=1.0,
-            initial_state=state.memory,
+            initial_state=self.recall(state),
             **self.operation_options(segment_ids),
         )
         out = out + (self.skip[:, None] * value).astype(out.dtype)
-        self.sow("intermediates", "memory_norm", jnp.sqrt(jnp.mean(memory**2)))
-        return out, Mamba2State(memory=memory, conv=conv, segment=leave(state, segment_ids))
+        return out, self.leave_with(state, segment_ids, **self.keep(memory), conv=conv)
+
+    def operate(self, query, key, value, log_decay, **options) -> tuple[jax.Array, Any]:
+        """The memory operation: (read-out [batch, time, heads, head_dim], memory after it)."""
+        return linear_attention(query, key, value, log_decay, **options)
 
     def finish(self, x: jax.Array, out: jax.Array) -> jax.Array:
         return self.output(self.norm(merge_heads(out) * nn.silu(self.gate(x))))

@@ -28,7 +28,7 @@ from memseq.pallas_kernels.common.chunks import (
 )
 from memseq.pallas_kernels.common.precision import products_precision
 from memseq.pallas_kernels.common.triangular import unit_lower_inverse
-from memseq.pallas_kernels.log_linear_attention.levels import apart, place
+from memseq.pallas_kernels.log_linear_attention.levels import place
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -96,18 +96,16 @@ def _form(arrays, initial_state, index, *, scale, chunk):
         q_start -= jnp.einsum("bhnij,bhnjk->bhnik", pairs, k_start, precision=HIGHEST)
         k_end = jnp.einsum("bhnij,bhnik->bhnjk", solve, k_end, precision=HIGHEST)
 
-    pairs *= _weight(weights, before[..., :, None], before[..., None, :])
+    here, (first, following) = jnp.arange(places), (before[..., :1], after[..., -1:])
+    # the memories at the chunk's start: places below `lifted` have merged into it by each step
+    lifted = place(before, first, places)[..., None]
+    above = jnp.where(1 + lifted == jnp.arange(places + 1), weights, 0).sum(axis=-1, keepdims=True)
+    read = jnp.where(here < lifted, above, weights[..., 1:])
+    pairs *= _pair_weights(weights, above, before)
     own = jnp.einsum("bhnij,bhnjv->bhniv", pairs, v, precision=precision)
-
-    here = jnp.arange(places)
-    first, following = before[..., :1], after[..., -1:]
-    # of the memories at the chunk's start: their weight at each step, their place at its end
-    lifted = here < place(before, first, places)[..., None]
-    read = _weight(weights, before[..., None], first[..., None])
-    read = jnp.where(lifted, read, weights[..., 1:])
+    # at the chunk's end: where those memories stand then, and the chunk's pairs
     kept = jnp.maximum(here, place(following, first, places))
     moves = (kept[..., None, :] == here[:, None]).astype(dtype)
-    # of the chunk's pairs: their place at its end
     puts = (place(following, before, places)[..., None] == here).astype(dtype)
 
     def step(state, inputs):
@@ -132,12 +130,16 @@ def _form(arrays, initial_state, index, *, scale, chunk):
     return from_chunks(scale * out, time).astype(value.dtype), state
 
 
-def _weight(weights: jax.Array, position: jax.Array, earlier: jax.Array) -> jax.Array:
-    """weights [..., time, levels] at the level of each pair of positions [..., time, n].
+def _pair_weights(weights: jax.Array, above: jax.Array, position: jax.Array) -> jax.Array:
+    """weights [..., chunk, levels] at the level of each pair of positions, [..., chunk, chunk].
 
-    A choice for each level: a gather's derivative would be a scatter.
+    A choice a level, for a gather's derivative would be a scatter. Positions that differ above the
+    bits of a chunk's length lie on two sides of the one border of that kind in the chunk: that is
+    the level at which a step reads the chunk's start, with the weight `above` [..., chunk, 1].
     """
+    now, earlier = position[..., :, None], position[..., None, :]
+    bits, places = position.shape[-1].bit_length() - 1, weights.shape[-1] - 1
     found = weights[..., :1]
-    for level, higher in enumerate(apart(position, earlier, weights.shape[-1] - 1), 1):
-        found = jnp.where(higher, weights[..., level, None], found)
-    return found
+    for bit in range(min(bits, places)):
+        found = jnp.where(now >> bit != earlier >> bit, weights[..., bit + 1, None], found)
+    return found if bits >= places else jnp.where(now >> bits != earlier >> bits, above, found)

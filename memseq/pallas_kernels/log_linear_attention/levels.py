@@ -38,15 +38,12 @@ def positions(valid: jax.Array, index: jax.Array | None, start: jax.Array) -> Po
     return Positions(after - valid.astype(jnp.int32), after)
 
 
-def apart(position: jax.Array, earlier: jax.Array, places: int) -> list[jax.Array]:
-    """For each place, whether what was written at `earlier` stands at it or above at `position`."""
-    return [(position >> bit) != (earlier >> bit) for bit in range(places)]
-
-
 def place(position: jax.Array, earlier: jax.Array, places: int) -> jax.Array:
     """The place of what was written at `earlier`, read at `position`; -1 where they are the same.
 
     What stood at place m when the next position was `earlier` stands at the larger of m and this.
     With `earlier` the position before, where the step between leaves its own pair and all below.
     """
-    return sum(x.astype(jnp.int32) for x in apart(position, earlier, places)) - 1
+    bits = jnp.arange(places, dtype=jnp.int32)
+    differ = (position[..., None] >> bits) != (earlier[..., None] >> bits)
+    return differ.sum(axis=-1, dtype=jnp.int32) - 1
