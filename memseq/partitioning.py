@@ -52,7 +52,7 @@ RULES = (
     Rule(r"head/kernel", ("fsdp", "tensor"), True),  # Adam: rows of rare classes see few gradients
     Rule(r"\w+/kernel", ("fsdp", "tensor"), True, True),
     Rule(
-        r"\w*scale|bonus|phase|bias|\w+_bias|\w+_log|[A-D]|sinks|\w*decay\w*|\w*initial\w*"
+        r"\w*scale|bonus|phase|bias|\w+_bias|\w+_log|[A-DP]|sinks|\w*decay\w*|\w*initial\w*"
         r"|\w+_map/\w+_kernel",
         (),
     ),

@@ -42,10 +42,12 @@ from memseq.layers.recurrent.lem import LEM
 from memseq.layers.recurrent.lstm import GRU, LSTM, SLSTM
 from memseq.layers.recurrent.mlstm import MLSTM
 from memseq.layers.recurrent.wave_rnn import WaveRNN
+from memseq.layers.state_space.h3 import H3
 from memseq.layers.state_space.hippo_memory import HiPPOMemory
 from memseq.layers.state_space.lru import LRU
 from memseq.layers.state_space.mamba import Mamba
 from memseq.layers.state_space.mamba2 import Mamba2
+from memseq.layers.state_space.s4 import LSSL, S4
 from memseq.layers.state_space.s4d import DSS, S4D, SMR
 from memseq.layers.state_space.s5 import S5, BidirectionalS5
 
@@ -82,7 +84,10 @@ REGISTRY = {
     "mamba2": Mamba2,
     "lru": LRU,
     "s4d": S4D,
+    "s4": S4,
+    "lssl": LSSL,
     "s5": S5,
+    "h3": H3,
     "dss": DSS,
     "smr": SMR,
     "hippo_memory": HiPPOMemory,
@@ -121,16 +126,19 @@ __all__ = [
     "DSS",
     "FFM",
     "GRU",
+    "H3",
     "HGRN",
     "HGRN2",
     "LEM",
     "LRU",
+    "LSSL",
     "LSTM",
     "MLSTM",
     "REGISTRY",
     "RGLRU",
     "RWKV6",
     "RWKV7",
+    "S4",
     "S4D",
     "S5",
     "SET_LAYERS",

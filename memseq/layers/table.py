@@ -17,7 +17,7 @@ def rows(features: int, context: int) -> list[dict[str, str]]:
     ):
         for name, constructor in registry.items():
             layer = constructor(features=features)
-            forms = ("reference",)
+            forms = getattr(layer, "FORMS", ("reference",))
             if layer.OPERATION is not None:
                 operation = importlib.import_module(f"memseq.pallas_kernels.{layer.OPERATION}")
                 forms = operation.FORMS.available

@@ -88,7 +88,7 @@ class InvariantLayer(StateSpaceLayer):
         )
         options = self.operation_options(segment_ids)
         chunked = self.implementation in ("auto", "chunked")
-        if chunked and (x.shape[1] >= SHORT or self.OPERATION is None):
+        if chunked and x.shape[1] >= SHORT:
             options.pop("implementation")
             out, memory = in_chunks(system, write, read, wide, memory, **options)
         else:
@@ -151,13 +151,18 @@ class S4D(InvariantLayer):
         self.setup_modes()
         self.setup_read_out()
 
+    @nn.nowrap
+    def modes_shape(self) -> tuple[int, int]:
+        """(systems of their own, real numbers that each remembers)."""
+        return self.memory_shape()
+
     def setup_modes(self) -> None:
         """The parameters of the systems."""
         self.check_invariant()
         methods = ("zoh",) if self.spectrum == "real" else ("zoh", "bilinear")
         check_choice("discretization", self.discretization, methods)
         check_choice("rate", self.rate, RATES)
-        channels, size = self.memory_shape()
+        channels, size = self.modes_shape()
         rates, turns, write = spectrum_of(self.spectrum, size)
         shape = (channels, len(rates))
 
