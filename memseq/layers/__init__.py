@@ -21,7 +21,15 @@ from memseq.layers.delta_rule.preconditioned import (
 )
 from memseq.layers.delta_rule.rwkv7 import RWKV7
 from memseq.layers.hopfield.blocks import HopfieldDecoderBlock, HopfieldEncoderBlock
-from memseq.layers.hopfield.hopfield import Hopfield, HopfieldLookup, HopfieldPooling
+from memseq.layers.hopfield.energy_transformer import EnergyTransformerBlock
+from memseq.layers.hopfield.feature_map import UHopfield
+from memseq.layers.hopfield.hopfield import Hopfield
+from memseq.layers.hopfield.learned_patterns import HopfieldLookup, HopfieldPooling
+from memseq.layers.hopfield.sparse import (
+    GeneralizedSparseHopfield,
+    SparseHopfield,
+    STanHopBlock,
+)
 from memseq.layers.linear_attention.cumulative_softmax import ABC, LightNet
 from memseq.layers.linear_attention.gated_linear_attention import GatedLinearAttention
 from memseq.layers.linear_attention.gated_slot_attention import GatedSlotAttention
@@ -112,6 +120,10 @@ SET_LAYERS = {
     "hopfield_pooling": HopfieldPooling,
     "hopfield_lookup": HopfieldLookup,
     "hopfield_encoder_block": HopfieldEncoderBlock,
+    "sparse_hopfield": SparseHopfield,
+    "generalized_sparse_hopfield": GeneralizedSparseHopfield,
+    "u_hopfield": UHopfield,
+    "energy_transformer_block": EnergyTransformerBlock,
 }
 CHANNEL_LAYERS: dict = {}
 # Layers that read another sequence or set: y, state = layer(x, memory[, state]).
@@ -158,6 +170,8 @@ __all__ = [
     "Hawk",
     "HiPPOMemory",
     "KimiDeltaAttention",
+    "EnergyTransformerBlock",
+    "GeneralizedSparseHopfield",
     "Hopfield",
     "HopfieldDecoderBlock",
     "HopfieldEncoderBlock",
@@ -181,5 +195,8 @@ __all__ = [
     "SequenceLayer",
     "SimpleGatedLinearAttention",
     "SoftmaxAttention",
+    "SparseHopfield",
+    "STanHopBlock",
+    "UHopfield",
     "WaveRNN",
 ]

@@ -1,0 +1,97 @@
+"""Sparse Hopfield layers, and the block for several time series that is made of them."""
+
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from memseq.layers.hopfield.blocks import Channel, make_hopfield
+from memseq.layers.hopfield.hopfield import Hopfield
+from memseq.layers.hopfield.learned_patterns import HopfieldPooling
+from memseq.pallas_kernels.common.checks import check_array, check_count
+
+
+class SparseHopfield(Hopfield):
+    """`Hopfield` with sparsemax: most weights are exactly 0 (Hu et al. 2023, arXiv:2309.12673)."""
+
+    separation: str = "sparsemax"
+
+    PAPER: ClassVar[str] = "Hu et al. 2023, arXiv:2309.12673"
+
+
+class GeneralizedSparseHopfield(Hopfield):
+    """`Hopfield` with entmax whose alpha in (1, 2) is learned: the GSH layer of STanHop-Net.
+
+    Wu et al. 2023, arXiv:2312.17346, section 3; alpha starts from 1.5.
+    """
+
+    separation: str = "entmax"
+    learned_alpha: bool = True
+
+    PAPER: ClassVar[str] = "Wu et al. 2023, arXiv:2312.17346"
+
+
+class STanHopBlock(nn.Module):
+    """Sparse association along time, then across series through a few pooled patterns.
+
+    Wu et al. 2023, arXiv:2312.17346, section 4 (the two-stage layer of STanHop-Net), with the norms
+    before. `layer(x, mask)` of x [batch, series, time, features] gives y of the same shape:
+
+        x <- x + GSH(x) of each series over time
+        p  = GSHPooling(x) of each time over series, `patterns` of them
+        x <- x + GSH(x, stored = p), each followed by a pointwise network
+
+    Attributes:
+        patterns: pooled patterns between series (the paper's factor).
+        features, heads, implementation, chunk_size, dtype, param_dtype: as in every layer.
+        options: further fields of the Hopfield layers, as (name, value) pairs.
+    """
+
+    features: int
+    heads: int = 4
+    implementation: str = "auto"
+    chunk_size: int | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    patterns: int = 10
+    options: tuple[tuple[str, Any], ...] = ()
+
+    PAPER: ClassVar[str] = GeneralizedSparseHopfield.PAPER
+    MEMORY: ClassVar[str] = "the series themselves"
+    OPERATION: ClassVar[str] = "hopfield_retrieve"
+
+    def setup(self):
+        check_count("patterns", self.patterns, 1)
+        options = {"separation": "entmax", "learned_alpha": True}
+        options = {k: v for k, v in options.items() if k not in dict(self.options)}
+        self.time = make_hopfield(self, **options)
+        self.pool = make_hopfield(self, HopfieldPooling, patterns=self.patterns, **options)
+        self.series = make_hopfield(self, **options)
+        channel = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        self.time_channel = Channel(self.features, **channel)
+        self.series_channel = Channel(self.features, **channel)
+
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """y as x [batch, series, time, features]; mask bool [batch, series, time], True is data."""
+        check_array("x", x, (None,) * 3 + (self.features,), "[batch, series, time, features]")
+        batch, series, time, features = x.shape
+        if mask is None:
+            mask = jnp.ones((batch, series, time), bool)
+        elif mask.shape != (batch, series, time) or mask.dtype != jnp.bool_:
+            raise ValueError(
+                f"mask: expected bool [batch, series, time] = [{batch}, {series}, {time}], got "
+                f"{mask.dtype} {list(mask.shape)}"
+            )
+        x = jnp.where(mask[..., None], x, 0)
+        rows = x.reshape(batch * series, time, features)
+        y = self.time(rows, mask.reshape(batch * series, time))
+        rows = self.time_channel(rows.astype(y.dtype) + y)
+        across = jnp.swapaxes(rows.reshape(batch, series, time, features), 1, 2)
+        across = across.reshape(batch * time, series, features)
+        seen = jnp.swapaxes(mask, 1, 2).reshape(batch * time, series)
+        across = jnp.where(seen[..., None], across, 0)
+        pooled = self.pool(across, seen)
+        across = self.series_channel(across + self.series(across, stored=pooled))
+        y = jnp.swapaxes(across.reshape(batch, time, series, features), 1, 2)
+        return jnp.where(mask[..., None], y, 0)
