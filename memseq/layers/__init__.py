@@ -42,6 +42,7 @@ from memseq.layers.linear_attention.simple_gated_linear_attention import (
 )
 from memseq.layers.readout.log_linear import LogLinearGatedDeltaNet, LogLinearMamba2
 from memseq.layers.readout.mesa_net import MesaNet
+from memseq.layers.readout.prefix_linear_attention import PrefixLinearAttention
 from memseq.layers.recurrent.bilinear import BilinearRNN
 from memseq.layers.recurrent.ffm import FFM
 from memseq.layers.recurrent.gated import HGRN, MinGRU, MinLSTM
@@ -129,6 +130,7 @@ CHANNEL_LAYERS: dict = {}
 # Layers that read another sequence or set: y, state = layer(x, memory[, state]).
 CROSS_LAYERS = {
     "hopfield_decoder_block": HopfieldDecoderBlock,
+    "prefix_linear_attention": PrefixLinearAttention,
 }
 
 __all__ = [
@@ -146,6 +148,7 @@ __all__ = [
     "LSSL",
     "LSTM",
     "MLSTM",
+    "PrefixLinearAttention",
     "REGISTRY",
     "RGLRU",
     "RWKV6",

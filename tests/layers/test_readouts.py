@@ -1,15 +1,20 @@
 """Layers whose read-out solves, weighs levels or sees a prefix, step by step."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 
 from memseq.layers import (
+    CROSS_LAYERS,
+    Based,
     GatedDeltaNet,
     LogLinearGatedDeltaNet,
     LogLinearMamba2,
     Mamba2,
     MesaNet,
+    PrefixLinearAttention,
 )
 from tests.layers.harness import (
     FEATURES,
@@ -277,3 +282,117 @@ def test_dtypes(layer):
 def test_bad_options(layer, message):
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(layer.init, jax.random.key(0), inputs())
+
+
+PREFIX = np.random.default_rng(5).normal(size=(2, 6, FEATURES))
+PREFIX_LAYERS = {
+    "default": PrefixLinearAttention(FEATURES, key_dim=3),
+    "conv, norm, not normalised": PrefixLinearAttention(
+        FEATURES, heads=2, key_dim=3, feature_map="identity", normalize=False, conv_width=3,
+        output_norm=True,
+    ),
+}  # fmt: skip
+
+
+def prefix_linear_attention(layer, params, x, prefix):
+    """A sum over the prefix and one over the past, and their normalisers, with phi as it says."""
+
+    def phi(x):
+        if layer.feature_map == "identity":
+            return x
+        pairs = np.array([a * b for a in x for b in x])
+        return np.concatenate([[1], x / len(x) ** 0.25, pairs / np.sqrt(2 * len(x))])
+
+    heads = layer.heads
+    query, key, value = query_key_value(params, x, heads, heads)
+    prefix_key, prefix_value = (
+        (prefix @ params[name]["kernel"]).reshape(len(prefix), heads, -1)
+        for name in ("prefix_key", "prefix_value")
+    )
+    out = np.zeros(value.shape)
+    for t in range(len(x)):
+        for h in range(heads):
+            q = phi(query[t, h])
+            pairs = [(prefix_key[j, h], prefix_value[j, h]) for j in range(len(prefix))]
+            pairs += [(key[j, h], value[j, h]) for j in range(t + 1)]
+            weights = np.array([q @ phi(k) for k, _ in pairs])
+            total = weights.sum() if layer.normalize else np.sqrt(key.shape[-1])
+            out[t, h] = weights @ np.array([v for _, v in pairs]) / total
+    return read_out(params, x, out)
+
+
+def prefix_params(layer):
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(layer.init, jax.random.key(0), inputs(), PREFIX)["params"]
+    return jax.tree.map(lambda a: 0.5 * rng.normal(size=a.shape), shapes)
+
+
+@functools.partial(jax.jit, static_argnames="layer")
+def run_prefix(layer, params, *arguments, **options):
+    return layer.apply({"params": params}, *arguments, **options)
+
+
+@pytest.mark.parametrize("name", PREFIX_LAYERS)
+def test_prefix_transcription_and_streaming(name):
+    layer, x = PREFIX_LAYERS[name], inputs(time=9)
+    params = prefix_params(layer)
+    with jax.enable_x64(True):
+        y, state = run_prefix(layer, params, x, PREFIX)
+        first, now = run_prefix(layer, params, x[:, :4], PREFIX[:, ::-1])
+        rest, now = run_prefix(layer, params, x[:, 4:], None, now)
+        # a prefix in two parts, the second with a state
+        part = layer.apply({"params": params}, PREFIX[:, :2], None, method="read")
+        again, _ = run_prefix(layer, params, x, PREFIX[:, 2:], part)
+    for row in range(2):
+        want = prefix_linear_attention(layer, params, x[row], PREFIX[row])
+        np.testing.assert_allclose(y[row], want, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(np.concatenate([first, rest], axis=1), y, rtol=0, atol=1e-10)
+    np.testing.assert_allclose(now.memory, state.memory, rtol=0, atol=1e-10)
+    np.testing.assert_allclose(again, y, rtol=0, atol=1e-10)
+
+
+def test_prefix_masks_and_segments():
+    """Who is masked is not read, the empty prefix is Based, and a new segment starts empty."""
+    layer = PREFIX_LAYERS["default"]
+    params, x = prefix_params(layer), inputs(time=9)
+    mask = np.array([[True] * 4 + [False] * 2, [False] * 6])
+    dirty = np.where(mask[..., None], PREFIX, np.nan)
+    ids = np.array([[3] * 5 + [-1] + [4] * 3] * 2, np.int32)
+    own = {name: p for name, p in params.items() if not name.startswith("prefix")}
+    with jax.enable_x64(True):
+        y, _ = run_prefix(layer, params, x, dirty, memory_mask=mask)
+        short, _ = run_prefix(layer, params, x, PREFIX[:, :4])
+        packed, state = run_prefix(layer, params, x, PREFIX, segment_ids=ids)
+        whole, _ = run_prefix(layer, params, x, PREFIX)
+    based, _, _ = run64(Based(FEATURES, key_dim=3), own, x)
+    alone, _, _ = run64(Based(FEATURES, key_dim=3), own, x[:, 6:])
+    np.testing.assert_allclose(y[0], short[0], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(y[1], based[1], rtol=0, atol=1e-12)
+    assert np.abs(np.asarray(whole) - based).max() > 0.01
+    np.testing.assert_allclose(packed[:, :5], whole[:, :5], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(packed[:, 6:], alone, rtol=0, atol=1e-10)
+    np.testing.assert_array_equal(state.segment, 4)
+
+
+def test_prefix_gradients_dtypes_and_bad_input():
+    layer = PREFIX_LAYERS["default"]
+    assert CROSS_LAYERS["prefix_linear_attention"] is PrefixLinearAttention
+    params, x = prefix_params(layer), inputs(time=9)
+    gradients = jax.jit(
+        jax.grad(lambda p, m: jax.numpy.sin(layer.apply({"params": p}, x, m)[0]).sum(), (0, 1))
+    )(params, PREFIX)
+    for leaf in jax.tree.leaves(gradients):
+        assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0
+    narrow = layer.clone(dtype=jax.numpy.bfloat16)
+    y, state = jax.eval_shape(narrow.apply, {"params": params}, np.float32(x), np.float32(PREFIX))
+    assert y.dtype == jax.numpy.bfloat16 and state.memory.dtype == np.float32
+    assert layer.state_bytes(1) == 4 * (4 * (1 + 3 + 9) * 5 + 1)
+    for arguments, message in [
+        ((x,), "memory: expected a prefix or a state to go on from, got neither"),
+        ((x, PREFIX[..., 1:]), r"memory: expected \[batch, positions, features\]"),
+        ((x, PREFIX, layer.init_state(3)), "state.*expected shape"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            layer.apply({"params": params}, *arguments)
+    with pytest.raises(ValueError, match="memory_mask: expected bool .* got float64"):
+        layer.apply({"params": params}, x, PREFIX, memory_mask=np.ones((2, 6)))
