@@ -13,11 +13,13 @@ from memseq.tasks.base import SPLITS, Task
 from memseq.tasks.mqar import MQAR
 from memseq.tasks.parity import Parity
 from memseq.tasks.rewrite import Rewrite
+from memseq.tasks.words import Words
 
 REGISTRY: dict[str, type[Task]] = {
     "mqar": MQAR,
     "rewrite": Rewrite,
     "parity": Parity,
+    "words": Words,
 }
 
 # Closed-form probes of a memory rule: no training and no examples, rows of numbers from

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from memseq.tasks import base
+from memseq.tasks.bands import band_scores, check_bands
 
 LABELS = ("every", "last")
 ROLES = ("padding", "bit")
@@ -76,14 +77,7 @@ class Parity(base.Task):
             raise ValueError(
                 f"min_length: expected at most the length, {self.length}, got {self.fewest}"
             )
-        bands = base.as_tuple(self.bands)
-        if not isinstance(bands, tuple) or not bands:
-            raise ValueError(f"bands: expected last positions, ascending, got {bands!r}")
-        for band in bands:
-            base.check_integer("bands", band, 1)
-        if list(bands) != sorted(set(bands)):
-            raise ValueError(f"bands: expected last positions, ascending, got {bands!r}")
-        object.__setattr__(self, "bands", bands)
+        object.__setattr__(self, "bands", check_bands(self.bands))
         super().__post_init__()
 
     @property
@@ -119,14 +113,4 @@ class Parity(base.Task):
         }
 
     def slices(self, predicted: jax.Array, correct: jax.Array, batch: base.Example) -> base.Scores:
-        mask = batch["mask"]
-        right, asked = base.share(correct, mask)
-        scores = {"scaled_accuracy": ((right - self.chance * asked) / (1 - self.chance), asked)}
-        position = jnp.arange(1, mask.shape[-1] + 1)
-        first = 1
-        for last in self.bands:
-            if first <= self.length:
-                inside = mask & (first <= position) & (position <= last)
-                scores[f"{first}-{last}"] = base.share(correct, inside)
-            first = last + 1
-        return scores
+        return band_scores(self, self.bands, correct, batch["mask"])
