@@ -20,11 +20,14 @@ from memseq.layers.delta_rule.preconditioned import (
     PreconditionedKimiDeltaAttention,
 )
 from memseq.layers.delta_rule.rwkv7 import RWKV7
+from memseq.layers.hopfield.binary import BinaryMemory, ClassicalHopfield
 from memseq.layers.hopfield.blocks import HopfieldDecoderBlock, HopfieldEncoderBlock
+from memseq.layers.hopfield.dense_associative_memory import DenseAssociativeMemory
 from memseq.layers.hopfield.energy_transformer import EnergyTransformerBlock
 from memseq.layers.hopfield.feature_map import UHopfield
 from memseq.layers.hopfield.hopfield import Hopfield
 from memseq.layers.hopfield.learned_patterns import HopfieldLookup, HopfieldPooling
+from memseq.layers.hopfield.random_features import RandomFeatureMemory
 from memseq.layers.hopfield.sparse import (
     GeneralizedSparseHopfield,
     SparseHopfield,
@@ -124,6 +127,7 @@ SET_LAYERS = {
     "sparse_hopfield": SparseHopfield,
     "generalized_sparse_hopfield": GeneralizedSparseHopfield,
     "u_hopfield": UHopfield,
+    "dense_associative_memory": DenseAssociativeMemory,
     "energy_transformer_block": EnergyTransformerBlock,
 }
 CHANNEL_LAYERS: dict = {}
@@ -162,6 +166,8 @@ __all__ = [
     "Based",
     "BidirectionalS5",
     "BilinearRNN",
+    "BinaryMemory",
+    "ClassicalHopfield",
     "Comba",
     "DeltaNet",
     "DeltaProduct",
@@ -173,6 +179,7 @@ __all__ = [
     "Hawk",
     "HiPPOMemory",
     "KimiDeltaAttention",
+    "DenseAssociativeMemory",
     "EnergyTransformerBlock",
     "GeneralizedSparseHopfield",
     "Hopfield",
@@ -195,6 +202,7 @@ __all__ = [
     "PreconditionedGatedDeltaNet",
     "PreconditionedKimiDeltaAttention",
     "Retention",
+    "RandomFeatureMemory",
     "SequenceLayer",
     "SimpleGatedLinearAttention",
     "SoftmaxAttention",
