@@ -132,12 +132,22 @@ def chunked(
     by_row = jax.vmap(by_head, (0, 0, 0, None, None, None))
 
     def body(carry, now):
-        return by_row(carry, *now, inputs.initial, inputs.affine, inputs.position_scale)
+        *now, needed = now
+
+        def step(carry):
+            return by_row(carry, *now, inputs.initial, inputs.affine, inputs.position_scale)
+
+        if needed is None:
+            return step(carry)
+        outs = jax.eval_shape(step, carry)[1]
+        return jax.lax.cond(needed, step, lambda x: (x, jnp.zeros(outs.shape, outs.dtype)), carry)
 
     carry = (state.anchor, state.weights, state.momentum)
     xs = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), by_chunk)
     flags = jax.tree.map(lambda x: jnp.moveaxis(jnp.asarray(x), 1, 0), flags)
-    (start, weights, momentum), out = _scan_by_group(body, carry, (xs, flags))
+    # chunks that no row has a token in, of which packing can leave many, are not computed
+    needed = None if inputs.valid is None else filled.any((0, 1, 3))
+    (start, weights, momentum), out = _scan_by_group(body, carry, (xs, flags, needed))
     out = jnp.moveaxis(out, (0, 3), (1, 2))  # [batch, chunks, chunk, heads, dim]
     out = layout.scatter(out.reshape(batch, -1, *out.shape[3:]))
 

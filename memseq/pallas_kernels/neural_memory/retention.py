@@ -14,7 +14,7 @@ from memseq.pallas_kernels.neural_memory.memory import Layer
 
 BORDER = ("clamp", "elastic", "sphere", "row_norm")
 VIEW = ("lq", "softmax")
-TINY = 1e-12
+TINY = 1e-24
 
 
 @dataclasses.dataclass(frozen=True)

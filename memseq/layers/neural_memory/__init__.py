@@ -1,0 +1,1 @@
+"""Memories that are networks, trained while they are read."""

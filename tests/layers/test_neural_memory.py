@@ -1,0 +1,264 @@
+"""Neural memory layers: equality with NumPy transcriptions whose gradients are written by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from memseq.layers import TTTMLP, Memora, Moneta, NeuralMemory, TitansLMM, TTTLinear, Yaad
+from tests.layers.harness import (
+    FEATURES,
+    IDS,
+    check_dtypes,
+    check_transcription,
+    inputs,
+    query_key_value,
+    random_params,
+    read_out,
+    run64,
+    sigmoid,
+    softplus,
+    unit,
+)
+
+SMALL = {"heads": 2, "expansion": 2, "update_chunk": 4}
+
+
+def gelu(x):
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def gelu_slope(x):
+    inner = np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)
+    slope = np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * x**2)
+    return 0.5 * (1 + np.tanh(inner)) + 0.5 * x * slope * (1 - np.tanh(inner) ** 2)
+
+
+def layer_norm(z, eps=1e-5):
+    deviation = np.sqrt(np.var(z) + eps)
+    return (z - z.mean()) / deviation, deviation
+
+
+class Network:
+    """x + scale * norm(W_n gelu(... W_1 x)) + bias of one head, and its gradients."""
+
+    def __init__(self, scale, bias, eps):
+        self.scale, self.bias, self.eps = scale, bias, eps
+
+    def forward(self, weights, x):
+        h, zs, hs = x, [], []
+        for i, w in enumerate(weights):
+            hs.append(h)
+            zs.append(h @ w)
+            h = gelu(zs[-1]) if i < len(weights) - 1 else zs[-1]
+        n, deviation = layer_norm(h, self.eps)
+        return x + n * self.scale + self.bias, (hs, zs, n, deviation)
+
+    def gradients(self, weights, key, d_out):
+        """Of sum(d_out * M(key)) in the weights."""
+        _, (hs, zs, n, deviation) = self.forward(weights, key)
+        dn = d_out * self.scale
+        dz = (dn - dn.mean() - n * np.mean(dn * n)) / deviation
+        found = []
+        for i in reversed(range(len(weights))):
+            found.insert(0, np.outer(hs[i], dz))
+            if i:
+                dz = (weights[i] @ dz) * gelu_slope(zs[i - 1])
+        return found
+
+
+def l2(r, _):
+    return r
+
+
+def cubes(r, _):
+    return 3 * r * np.sqrt(r**2 + 1e-6)
+
+
+def huber(r, threshold):
+    return r * min(1, threshold / np.linalg.norm(r))
+
+
+def moneta_weights(a, start):
+    return [w / np.sum(s**4) ** 0.5 for w, s in zip(a, start, strict=True)]  # |s|_4 squared
+
+
+def memora_weights(a, start):
+    return [4 * np.exp(w) / np.exp(w).sum(axis=0) for w in a]
+
+
+def transcribed(error=l2, weights_of=lambda a, start: a):
+    """Of a layer whose loss has the gradient `error`, read through `weights_of`."""
+
+    def transcription(layer, params, x):
+        heads, value_dim = layer.heads, layer.features // layer.heads
+        query, key, value = query_key_value(params, x, heads, heads)
+
+        def gate(name, columns):
+            z = x @ params[f"{name}_gate"]["kernel"] + params[f"{name}_bias"]
+            return z.reshape(len(x), heads, columns)
+
+        step = sigmoid(gate("step", layer.window)) * layer.max_step / value_dim
+        keep = sigmoid(gate("keep", 1))[..., 0]
+        mixing = np.zeros_like(keep)
+        if "momentum_gate" in params:
+            mixing = sigmoid(gate("momentum", 1))[..., 0]
+        threshold = np.zeros_like(keep)
+        if "threshold_gate" in params:
+            threshold = softplus(gate("threshold", 1))[..., 0] * np.sqrt(value_dim)
+        out = np.zeros((len(x), heads, value_dim))
+        for h in range(heads):
+            network = Network(
+                params["affine_scale"][h], params["affine_bias"][h], layer.memory_epsilon
+            )
+            a = [params[f"initial_weight_{i}"][h] for i in range(layer.depth)]
+            s = [np.zeros_like(w) for w in a]
+            for t in range(len(x)):
+                if t % layer.update_chunk == 0:
+                    start = a
+                anchor = weights_of(start, start)
+                u = [np.zeros_like(w) for w in a]
+                for lag in range(min(layer.window, t + 1)):
+                    k, v = unit(key[t - lag, h]), value[t - lag, h]
+                    r = network.forward(anchor, k)[0] - v
+                    found = network.gradients(anchor, k, error(r, threshold[t, h]))
+                    u = [b + step[t, h, lag] * g for b, g in zip(u, found, strict=True)]
+                s = [mixing[t, h] * b - g for b, g in zip(s, u, strict=True)]
+                a = [keep[t, h] * w + b for w, b in zip(a, s, strict=True)]
+                out[t, h] = network.forward(weights_of(a, start), unit(query[t, h]))[0]
+        return read_out(params, x, out), None, {"mean_step": step * value_dim, "mean_decay": keep}
+
+    return transcription
+
+
+CASES = {
+    "titans_lmm": (TitansLMM, {}, transcribed()),
+    "three layers, a window": (
+        NeuralMemory,
+        {"depth": 3, "window": 3, "use_momentum": False},
+        transcribed(),
+    ),
+    "moneta": (Moneta, {}, transcribed(cubes, moneta_weights)),
+    "yaad": (Yaad, {}, transcribed(huber)),
+    "memora": (Memora, {}, transcribed(weights_of=memora_weights)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_transcription(name):
+    cls, options, transcription = CASES[name]
+    layer = cls(FEATURES, **SMALL | options, implementation="chunked")
+    check_transcription(layer, transcription)
+
+
+def test_transcription_of_packed_rows():
+    layer = TitansLMM(FEATURES, **SMALL, implementation="chunked")
+    check_transcription(layer, transcribed(), IDS)
+
+
+def test_dtypes():
+    state = check_dtypes(TitansLMM(FEATURES, **SMALL))
+    assert all(w.dtype == jnp.float32 for w in jax.tree.leaves(state.held.weights))
+
+
+def test_state_is_weights_anchor_and_momentum():
+    layer = TitansLMM(FEATURES, heads=2, conv_width=4)
+    weights = 2 * 2 * 8 * 32 * 4  # heads, layers, 8 x 32, bytes
+    rest = 3 * 3 * FEATURES * 4 + 4 + 4 + 4  # tail, segment, position, count of the window
+    assert layer.state_bytes(1) == 3 * weights + rest
+    assert layer.clone(use_momentum=False).state_bytes(1) == 2 * weights + rest
+
+
+def test_the_update_chunk_is_part_of_the_model():
+    layer = TitansLMM(FEATURES, **SMALL)
+    params, x = random_params(layer), inputs()
+    four, eight = (run64(layer.clone(update_chunk=c), params, x)[0] for c in (4, 8))
+    np.testing.assert_allclose(four[:, :4], eight[:, :4], rtol=0, atol=1e-12)
+    assert np.abs(four[:, 4:] - eight[:, 4:]).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"depth": 0}, "depth: expected"),
+        ({"window": 0}, "window: expected"),
+        ({"initial_keep": 1.0}, "initial gates: expected shares"),
+        ({"loss": "l3"}, "loss.kind"),
+        ({"retention": "lq"}, "retention.amount"),
+        ({"value_dim": 8}, "with a residual, value_dim must be key_dim"),
+        ({"update_chunk": 0}, "update_chunk: expected"),
+    ],
+)
+def test_bad_options(options, message):
+    layer = NeuralMemory(FEATURES, **options)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(layer.init, jax.random.key(0), jnp.zeros((1, 2, FEATURES)))
+
+
+# TTT --------------------------------------------------------------------------------------------
+
+
+def rotated(x, position):
+    half = len(x) // 2
+    angle = position * 10_000.0 ** (-np.arange(half) / half)
+    first, second = x[:half], x[half:]
+    return np.concatenate(
+        [
+            first * np.cos(angle) - second * np.sin(angle),
+            second * np.cos(angle) + first * np.sin(angle),
+        ]
+    )
+
+
+def ttt(layer, params, x):
+    """Mini-batches with the factors max(1 / i + learned, 0), biases written with the weights."""
+    heads, dim, chunk = layer.heads, layer.features // layer.heads, layer.update_chunk
+    query, key, value = query_key_value(params, x, heads, heads)
+    step = sigmoid(x @ params["step_gate"]["kernel"] + params["step_bias"])
+    step = step * layer.max_step / dim
+    out = np.zeros((len(x), heads, dim))
+
+    def forward(weights, biases, x, scale, offset):
+        h, zs, hs = x, [], []
+        for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
+            hs.append(h)
+            zs.append(h @ w + b)
+            h = gelu(zs[-1]) if i < len(weights) - 1 else zs[-1]
+        n, deviation = layer_norm(h)
+        return x + scale * n + offset, hs, zs, n, deviation
+
+    for h in range(heads):
+        affine = params["affine_scale"][h], params["affine_bias"][h]
+        first = [params[f"initial_weight_{i}"][h] for i in range(layer.depth)]
+        offsets = [params[f"initial_bias_{i}"][h] for i in range(layer.depth)]
+        for t in range(len(x)):
+            i = t % chunk
+            if i == 0:
+                total = [np.zeros_like(w) for w in first], [np.zeros_like(b) for b in offsets]
+            k, q = rotated(key[t, h], i), rotated(query[t, h], i)
+            answer, hs, zs, n, deviation = forward(first, offsets, k, *affine)
+            dn = (answer - value[t, h]) * affine[0]
+            dz = (dn - dn.mean() - n * np.mean(dn * n)) / deviation
+            for j in reversed(range(layer.depth)):
+                total[0][j] += step[t, h] * np.outer(hs[j], dz)
+                total[1][j] += step[t, h] * dz
+                if j:
+                    dz = (first[j] @ dz) * gelu_slope(zs[j - 1])
+            share = max(1 / (i + 1) + params["share_bias"][i], 0)
+            now = [
+                [w - share * g for w, g in zip(start, sums, strict=True)]
+                for start, sums in zip((first, offsets), total, strict=True)
+            ]
+            out[t, h] = forward(*now, q, *affine)[0]
+            if i == chunk - 1:
+                first, offsets = now
+    out = out.reshape(len(x), -1)
+    out = (out - out.mean(-1, keepdims=True)) / np.sqrt(out.var(-1, keepdims=True) + 1e-6)
+    out = out * params["post_norm"]["scale"] + params["post_norm"]["bias"]
+    y = (out * gelu(x @ params["gate"]["kernel"])) @ params["output"]["kernel"]
+    return y, None, {}
+
+
+@pytest.mark.parametrize("cls", [TTTLinear, TTTMLP])
+def test_ttt_transcription(cls):
+    check_transcription(cls(FEATURES, **SMALL, implementation="chunked"), ttt, IDS)
