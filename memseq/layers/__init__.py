@@ -63,6 +63,7 @@ from memseq.layers.state_space.hippo_memory import HiPPOMemory
 from memseq.layers.state_space.lru import LRU
 from memseq.layers.state_space.mamba import Mamba
 from memseq.layers.state_space.mamba2 import Mamba2
+from memseq.layers.state_space.mamba3 import Mamba3
 from memseq.layers.state_space.s4 import LSSL, S4
 from memseq.layers.state_space.s4d import DSS, S4D, SMR
 from memseq.layers.state_space.s5 import S5, BidirectionalS5
@@ -98,6 +99,7 @@ REGISTRY = {
     "rwkv7": RWKV7,
     "mamba": Mamba,
     "mamba2": Mamba2,
+    "mamba3": Mamba3,
     "lru": LRU,
     "s4d": S4D,
     "s4": S4,
@@ -206,6 +208,7 @@ __all__ = [
     "Longhorn",
     "Mamba",
     "Mamba2",
+    "Mamba3",
     "Memora",
     "MesaNet",
     "MinGRU",

@@ -61,22 +61,40 @@ class BilinearRNN(VectorLayer):
 
     def mix(self, inputs, state, segment_ids):
         state = enter(state, self.init_state(inputs.shape[0]), segment_ids)
-        angle = widen(inputs)
-        start = jnp.zeros(angle.shape, jnp.result_type(angle, jnp.complex64))
-        if segment_ids is not None:  # the scan restarts empty: h_0, turned, is written there
-            valid, index = segments(segment_ids)
-            turned = jnp.exp(1j * jnp.where(valid[..., None], angle, 0))
-            start = jnp.where(restarts(index)[..., None], turned, start)
-        out, memory = linear_scan(
-            start,
-            jnp.zeros(angle.shape[-1], angle.dtype),
-            phase=angle,
-            initial_state=jax.lax.complex(state.memory[..., 0], state.memory[..., 1]),
-            **self.operation_options(segment_ids),
-        )
-        memory = jnp.stack([memory.real, memory.imag], axis=-1)
+        options = self.operation_options(segment_ids)
+        out, memory = turned(widen(inputs), state.memory, **options)
         out = jnp.concatenate([out.real, out.imag], axis=-1).astype(inputs.dtype)
         return out, self.leave_with(state, segment_ids, memory=memory, conv=state.conv)
 
     def finish(self, x, out):
         return self.output(out)
+
+
+def turned(
+    angle: jax.Array, start: jax.Array, *, segment_ids: jax.Array | None, **options
+) -> tuple[jax.Array, jax.Array]:
+    """The product of all turns so far, which unlike a sum of angles never grows.
+
+    Args:
+        angle: [batch, time, planes], float32 at least, in radians.
+        start: [batch, planes, 2], cosine and sine of the angle before the first step.
+        segment_ids: as `linear_scan` takes them; each segment but the first starts at angle 0.
+        options: of `linear_scan`.
+
+    Returns:
+        exp(i angle so far), complex [batch, time, planes], and the last one as `start`.
+    """
+    write = jnp.zeros(angle.shape, jnp.result_type(angle, jnp.complex64))
+    if segment_ids is not None:  # the scan restarts empty: the first turn is written there
+        valid, index = segments(segment_ids)
+        first = jnp.exp(1j * jnp.where(valid[..., None], angle, 0))
+        write = jnp.where(restarts(index)[..., None], first, write)
+    turns, last = linear_scan(
+        write,
+        jnp.zeros(angle.shape[-1], angle.dtype),
+        phase=angle,
+        initial_state=jax.lax.complex(start[..., 0], start[..., 1]),
+        segment_ids=segment_ids,
+        **options,
+    )
+    return turns, jnp.stack([last.real, last.imag], axis=-1)
