@@ -43,6 +43,7 @@ from memseq.layers.linear_attention.rwkv6 import RWKV6
 from memseq.layers.linear_attention.simple_gated_linear_attention import (
     SimpleGatedLinearAttention,
 )
+from memseq.layers.neural_memory.atlas import OmegaNet
 from memseq.layers.neural_memory.miras import Memora, Moneta, Yaad
 from memseq.layers.neural_memory.neural_memory import NeuralMemory
 from memseq.layers.neural_memory.titans import TitansLMM
@@ -129,6 +130,7 @@ REGISTRY = {
     "memora": Memora,
     "ttt_linear": TTTLinear,
     "ttt_mlp": TTTMLP,
+    "omega_net": OmegaNet,
 }
 # Layers of sets: y = layer(x[, mask]).
 SET_LAYERS = {
@@ -216,6 +218,7 @@ __all__ = [
     "Moneta",
     "NeuralMemory",
     "OjaRule",
+    "OmegaNet",
     "PreconditionedGatedDeltaNet",
     "PreconditionedKimiDeltaAttention",
     "PrefixLinearAttention",

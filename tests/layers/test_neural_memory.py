@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memseq.layers import TTTMLP, Memora, Moneta, NeuralMemory, TitansLMM, TTTLinear, Yaad
+from memseq.layers import TTTMLP, Memora, Moneta, NeuralMemory, OmegaNet, TitansLMM, TTTLinear, Yaad
 from tests.layers.harness import (
     FEATURES,
     IDS,
@@ -42,8 +42,8 @@ def layer_norm(z, eps=1e-5):
 class Network:
     """x + scale * norm(W_n gelu(... W_1 x)) + bias of one head, and its gradients."""
 
-    def __init__(self, scale, bias, eps):
-        self.scale, self.bias, self.eps = scale, bias, eps
+    def __init__(self, scale, bias, eps, residual):
+        self.scale, self.bias, self.eps, self.residual = scale, bias, eps, residual
 
     def forward(self, weights, x):
         h, zs, hs = x, [], []
@@ -52,7 +52,8 @@ class Network:
             zs.append(h @ w)
             h = gelu(zs[-1]) if i < len(weights) - 1 else zs[-1]
         n, deviation = layer_norm(h, self.eps)
-        return x + n * self.scale + self.bias, (hs, zs, n, deviation)
+        out = n * self.scale + self.bias
+        return x + out if self.residual else out, (hs, zs, n, deviation)
 
     def gradients(self, weights, key, d_out):
         """Of sum(d_out * M(key)) in the weights."""
@@ -87,7 +88,7 @@ def memora_weights(a, start):
     return [4 * np.exp(w) / np.exp(w).sum(axis=0) for w in a]
 
 
-def transcribed(error=l2, weights_of=lambda a, start: a):
+def transcribed(error=l2, weights_of=lambda a, start: a, unit_of=unit, residual=True):
     """Of a layer whose loss has the gradient `error`, read through `weights_of`."""
 
     def transcription(layer, params, x):
@@ -109,7 +110,7 @@ def transcribed(error=l2, weights_of=lambda a, start: a):
         out = np.zeros((len(x), heads, value_dim))
         for h in range(heads):
             network = Network(
-                params["affine_scale"][h], params["affine_bias"][h], layer.memory_epsilon
+                params["affine_scale"][h], params["affine_bias"][h], layer.memory_epsilon, residual
             )
             a = [params[f"initial_weight_{i}"][h] for i in range(layer.depth)]
             s = [np.zeros_like(w) for w in a]
@@ -119,13 +120,13 @@ def transcribed(error=l2, weights_of=lambda a, start: a):
                 anchor = weights_of(start, start)
                 u = [np.zeros_like(w) for w in a]
                 for lag in range(min(layer.window, t + 1)):
-                    k, v = unit(key[t - lag, h]), value[t - lag, h]
+                    k, v = unit_of(key[t - lag, h]), value[t - lag, h]
                     r = network.forward(anchor, k)[0] - v
                     found = network.gradients(anchor, k, error(r, threshold[t, h]))
                     u = [b + step[t, h, lag] * g for b, g in zip(u, found, strict=True)]
                 s = [mixing[t, h] * b - g for b, g in zip(s, u, strict=True)]
                 a = [keep[t, h] * w + b for w, b in zip(a, s, strict=True)]
-                out[t, h] = network.forward(weights_of(a, start), unit(query[t, h]))[0]
+                out[t, h] = network.forward(weights_of(a, start), unit_of(query[t, h]))[0]
         return read_out(params, x, out), None, {"mean_step": step * value_dim, "mean_decay": keep}
 
     return transcription
@@ -262,3 +263,41 @@ def ttt(layer, params, x):
 @pytest.mark.parametrize("cls", [TTTLinear, TTTMLP])
 def test_ttt_transcription(cls):
     check_transcription(cls(FEATURES, **SMALL, implementation="chunked"), ttt, IDS)
+
+
+# OmegaNet ---------------------------------------------------------------------------------------
+
+
+def test_omega_net_transcription():
+    """The transcription of a window, with the keys' products written as loops."""
+
+    def products(x, scale):
+        x, n = unit(x), len(x)
+        pairs = [x[i] * x[j] for i in range(n) for j in range(i, n)]
+        return np.concatenate([[scale[0]], scale[1] * x, scale[2] * np.array(pairs)])
+
+    def transcription(layer, params, x):
+        scale = params["degree_scale"]
+        return transcribed(unit_of=lambda k: products(k, scale), residual=False)(layer, params, x)
+
+    layer = OmegaNet(FEATURES, key_dim=4, **SMALL, implementation="chunked")
+    check_transcription(layer, transcription)
+    check_transcription(layer, transcription, IDS)
+
+
+def test_one_token_and_no_momentum_is_the_plain_memory():
+    """E10 and E24 through layers: a window of one is TitansLMM without its momentum."""
+    options = SMALL | {"residual": False, "use_momentum": False, "key_dim": 8}
+    plain = TitansLMM(FEATURES, **options)
+    omega = OmegaNet(FEATURES, **options, window=1)
+    params = random_params(plain)
+    widened = random_params(omega)
+    for name in params:
+        widened[name] = params[name]
+    # the network sees the keys alone
+    widened["degree_scale"] = np.array([0.0, 1.0, 0.0])
+    widened["initial_weight_0"] = np.zeros((2, 45, 16))
+    widened["initial_weight_0"][:, 1:9] = params["initial_weight_0"]
+    np.testing.assert_allclose(
+        run64(omega, widened, inputs())[0], run64(plain, params, inputs())[0], rtol=0, atol=1e-11
+    )
