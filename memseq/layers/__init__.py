@@ -52,12 +52,14 @@ from memseq.layers.readout.log_linear import LogLinearGatedDeltaNet, LogLinearMa
 from memseq.layers.readout.mesa_net import MesaNet
 from memseq.layers.readout.prefix_linear_attention import PrefixLinearAttention
 from memseq.layers.recurrent.bilinear import BilinearRNN
+from memseq.layers.recurrent.elm import ELMNeuron
 from memseq.layers.recurrent.ffm import FFM
 from memseq.layers.recurrent.gated import HGRN, MinGRU, MinLSTM
 from memseq.layers.recurrent.griffin import RGLRU, Hawk
 from memseq.layers.recurrent.lem import LEM
 from memseq.layers.recurrent.lstm import GRU, LSTM, SLSTM
 from memseq.layers.recurrent.mlstm import MLSTM
+from memseq.layers.recurrent.reservoir import EchoState, ReservoirMemory
 from memseq.layers.recurrent.wave_rnn import WaveRNN
 from memseq.layers.state_space.h3 import H3
 from memseq.layers.state_space.hippo_memory import HiPPOMemory
@@ -123,6 +125,9 @@ REGISTRY = {
     "wave_rnn": WaveRNN,
     "ffm": FFM,
     "bilinear_rnn": BilinearRNN,
+    "elm_neuron": ELMNeuron,
+    "echo_state": EchoState,
+    "reservoir_memory": ReservoirMemory,
     "neural_memory": NeuralMemory,
     "titans_lmm": TitansLMM,
     "moneta": Moneta,
@@ -187,6 +192,8 @@ __all__ = [
     "DeltaNet",
     "DeltaProduct",
     "DenseAssociativeMemory",
+    "ELMNeuron",
+    "EchoState",
     "EnergyTransformerBlock",
     "GatedDeltaNet",
     "GatedDeltaNet2",
@@ -223,6 +230,7 @@ __all__ = [
     "PreconditionedKimiDeltaAttention",
     "PrefixLinearAttention",
     "RandomFeatureMemory",
+    "ReservoirMemory",
     "Retention",
     "STanHopBlock",
     "SequenceLayer",
