@@ -43,6 +43,7 @@ from memseq.layers.linear_attention.rwkv6 import RWKV6
 from memseq.layers.linear_attention.simple_gated_linear_attention import (
     SimpleGatedLinearAttention,
 )
+from memseq.layers.mixture.mixture_of_memories import MixtureOfMemories
 from memseq.layers.neural_memory.atlas import OmegaNet
 from memseq.layers.neural_memory.miras import Memora, Moneta, Yaad
 from memseq.layers.neural_memory.neural_memory import NeuralMemory
@@ -97,6 +98,7 @@ REGISTRY = {
     "preconditioned_gated_delta_net": PreconditionedGatedDeltaNet,
     "preconditioned_kimi_delta_attention": PreconditionedKimiDeltaAttention,
     "mesa_net": MesaNet,
+    "mixture_of_memories": MixtureOfMemories,
     "log_linear_mamba2": LogLinearMamba2,
     "log_linear_gated_delta_net": LogLinearGatedDeltaNet,
     "rwkv7": RWKV7,
@@ -222,6 +224,7 @@ __all__ = [
     "MesaNet",
     "MinGRU",
     "MinLSTM",
+    "MixtureOfMemories",
     "Moneta",
     "NeuralMemory",
     "OjaRule",

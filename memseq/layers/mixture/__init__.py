@@ -1,0 +1,1 @@
+"""Mixtures of memories: a router sends each token to a few of several memories."""
