@@ -66,6 +66,7 @@ from memseq.layers.state_space.h3 import H3
 from memseq.layers.state_space.hippo_memory import HiPPOMemory
 from memseq.layers.state_space.lru import LRU
 from memseq.layers.state_space.mamba import Mamba
+from memseq.layers.state_space.mamba import Mamba, PolarizedMamba
 from memseq.layers.state_space.mamba2 import Mamba2
 from memseq.layers.state_space.mamba3 import Mamba3
 from memseq.layers.state_space.s4 import LSSL, S4
@@ -103,6 +104,7 @@ REGISTRY = {
     "log_linear_gated_delta_net": LogLinearGatedDeltaNet,
     "rwkv7": RWKV7,
     "mamba": Mamba,
+    "polarized_mamba": PolarizedMamba,
     "mamba2": Mamba2,
     "mamba3": Mamba3,
     "lru": LRU,
@@ -229,6 +231,7 @@ __all__ = [
     "NeuralMemory",
     "OjaRule",
     "OmegaNet",
+    "PolarizedMamba",
     "PreconditionedGatedDeltaNet",
     "PreconditionedKimiDeltaAttention",
     "PrefixLinearAttention",

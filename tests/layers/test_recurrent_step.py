@@ -176,7 +176,7 @@ def test_slstm_gradient_is_complete():
             np.sum(a * b) for a, b in zip(*map(jax.tree.leaves, (grads, direction)), strict=True)
         )
         near = [
-            jax.jit(loss)(jax.tree.map(lambda a, d, e=e: a + e * d, params, direction))
+            float(jax.jit(loss)(jax.tree.map(lambda a, d, e=e: a + e * d, params, direction)))
             for e in (1e-6, -1e-6)
         ]
     np.testing.assert_allclose(got, (near[0] - near[1]) / 2e-6, rtol=1e-6)

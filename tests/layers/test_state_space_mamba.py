@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memseq.layers import Mamba
+from memseq.layers import Mamba, PolarizedMamba
 from tests.layers.harness import (
     FEATURES,
     IDS,
@@ -25,18 +25,26 @@ def mamba(layer, params, x):
     """h = exp(dt A) h + dt u B, y = C . h + D u, out = y * silu(z), A = -exp(A_log)."""
     u = x @ params["input"]["kernel"]
     if "conv" in params:
-        u = short_conv(u, params["conv"]["kernel"], params["conv"]["bias"])
+        taps = params["conv"]["kernel"].copy()
+        taps[-1] += layer.mimetic
+        u = short_conv(u, taps, params["conv"]["bias"])
     else:
         u = silu(u)
     step = u @ params["step_in"]["kernel"] @ params["step_size"]["kernel"] + params["dt_bias"]
     dt, rate = softplus(step), -np.exp(params["A_log"])
     memory, y = np.zeros(rate.shape), []
+    total, weight = np.zeros(len(rate)), np.zeros(len(rate))
     for t in range(len(x)):
         b, c = (u[t] @ params[name]["kernel"] for name in ("key", "query"))
+        kept = 0.0
+        if isinstance(layer, PolarizedMamba):  # what is kept for good, as a mean; what passes
+            (b, b1, b0), (c, c1, c0) = ((a[:-2], a[-2], a[-1]) for a in (b, c))
+            total, weight = total + dt[t] * u[t] * b1, weight + dt[t]
+            kept = c1 * total / weight + c0 * b0 * dt[t] * u[t]
         for channel in range(len(rate)):
-            kept = np.exp(dt[t, channel] * rate[channel])
-            memory[channel] = kept * memory[channel] + dt[t, channel] * u[t, channel] * b
-        gated = (memory @ c + params["D"] * u[t]) * silu(x[t] @ params["gate"]["kernel"])
+            decay = np.exp(dt[t, channel] * rate[channel])
+            memory[channel] = decay * memory[channel] + dt[t, channel] * u[t, channel] * b
+        gated = (memory @ c + kept + params["D"] * u[t]) * silu(x[t] @ params["gate"]["kernel"])
         y.append(gated @ params["output"]["kernel"])
     return np.array(y), memory, {"mean_dt": dt}
 
@@ -44,6 +52,7 @@ def mamba(layer, params, x):
 CASES = {
     "default": {},
     "small": {"expand": 1, "state_dim": 3, "dt_rank": 5, "conv_width": 0},
+    "mimetic": {"state_dim": 2, "mimetic": True},
 }
 
 
@@ -54,6 +63,33 @@ def test_mamba(options):
 
 def test_mamba_packed():
     check_transcription(Mamba(FEATURES, state_dim=4), mamba, IDS)
+
+
+@pytest.mark.parametrize("ids", [None, IDS], ids=["one segment", "packed"])
+def test_polarized_mamba(ids):
+    check_transcription(PolarizedMamba(FEATURES, state_dim=3), mamba, ids)
+
+
+def test_the_channel_that_keeps_all_is_bounded():
+    """White noise for 2,000 steps: a mean shrinks, where a plain sum would grow."""
+    layer = PolarizedMamba(16, expand=1, state_dim=2, conv_width=0, implementation="chunked")
+    x = np.random.default_rng(0).normal(size=(1, 2000, 16))
+    params = random_params(layer)
+    states = [run64(layer, params, x[:, :steps])[1].kept[0] for steps in (100, 2000)]
+    early, late = (np.abs(np.asarray(s)[:, 0] / np.asarray(s)[:, 1]) for s in states)
+    assert np.isfinite(late).all() and late.max() < 3 and late.mean() < early.mean() + 1
+
+
+def test_mimetic_start():
+    """Next to no decay, and C's projection correlated with B's."""
+    params = init(Mamba(64, mimetic=True))
+    step = softplus(np.asarray(params["dt_bias"], np.float64))
+    np.testing.assert_allclose(step, 1, rtol=1e-5)
+    np.testing.assert_allclose(np.exp(-step[:, None] * np.exp(params["A_log"])), 0.999, rtol=1e-4)
+    b, c = (np.asarray(params[name]["kernel"]).ravel() for name in ("key", "query"))
+    np.testing.assert_allclose(np.corrcoef(b, c)[0, 1], 0.5**0.5, atol=0.05)
+    b, c = (np.asarray(init(Mamba(64))[name]["kernel"]).ravel() for name in ("key", "query"))
+    assert abs(np.corrcoef(b, c)[0, 1]) < 0.1
 
 
 def test_discretisation_is_of_first_order():
@@ -70,7 +106,7 @@ def test_discretisation_is_of_first_order():
         u = silu(x[0, 0] @ params["input"]["kernel"])
         b, rate = u @ params["key"]["kernel"], -np.exp(params["A_log"])
         exact = np.expm1(rate) / rate * u[:, None] * b
-        errors.append(np.abs(state.memory[0] - exact).max())
+        errors.append(np.abs(np.asarray(state.memory)[0] - exact).max())
     slopes = np.log2(np.divide(errors[:-1], errors[1:]))
     np.testing.assert_allclose(slopes, 1.0, atol=0.05)
 

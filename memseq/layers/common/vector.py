@@ -45,11 +45,14 @@ class VectorLayer(SequenceLayer):
         return self.memory_shape()[0]
 
     @nn.nowrap
-    def make_conv(self, use_bias: bool = False, activation: str | None = "silu") -> ShortConv:
+    def make_conv(
+        self, use_bias: bool = False, activation: str | None = "silu", residual: bool = False
+    ) -> ShortConv:
         return ShortConv(
             self.conv_width,
             self.conv_channels(),
             use_bias=use_bias,
+            residual=residual,
             activation=activation,
             implementation=self.plain_implementation(),
             param_dtype=self.param_dtype,
