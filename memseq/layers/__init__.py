@@ -65,7 +65,6 @@ from memseq.layers.recurrent.wave_rnn import WaveRNN
 from memseq.layers.state_space.h3 import H3
 from memseq.layers.state_space.hippo_memory import HiPPOMemory
 from memseq.layers.state_space.lru import LRU
-from memseq.layers.state_space.mamba import Mamba
 from memseq.layers.state_space.mamba import Mamba, PolarizedMamba
 from memseq.layers.state_space.mamba2 import Mamba2
 from memseq.layers.state_space.mamba3 import Mamba3
