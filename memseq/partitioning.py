@@ -47,13 +47,14 @@ class Rule:
 # - feature maps of a head, which start as the identity.
 RULES = (
     Rule(r"embed(ding)?s?/embedding", ("tensor", "fsdp")),
+    Rule(r"(state|stored|value)_patterns", ("tensor", "fsdp")),  # as rare as an embedding's rows
     Rule(r"\w*conv\w*/kernel", (None, "tensor")),
     Rule(r"(out|output|down)/kernel", ("tensor", "fsdp"), True, True),
     Rule(r"head/kernel", ("fsdp", "tensor"), True),  # Adam: rows of rare classes see few gradients
     Rule(r"\w+/kernel", ("fsdp", "tensor"), True, True),
     Rule(
         r"\w*scale|bonus|phase|bias|\w+_bias|\w+_log|[A-DP]|sinks|\w*decay\w*|\w*initial\w*"
-        r"|\w+_map/\w+_kernel",
+        r"|\w+_map/\w+_kernel|log_beta|\w+_logits?",
         (),
     ),
 )

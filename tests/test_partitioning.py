@@ -13,6 +13,7 @@ from memseq import partitioning as p
 CASES = [
     ("params/embed/embedding", (258, 32), ("tensor", "fsdp"), False, False),
     ("params/embed/embedding", (257, 32), (None, "fsdp"), False, False),
+    ("params/memory/stored_patterns", (64, 32), ("tensor", "fsdp"), False, False),
     ("params/layers/mixer/query/kernel", (3, 32, 64), (None, "fsdp", "tensor"), True, True),
     ("params/layers/mixer/query/bias", (3, 64), (), False, False),
     ("params/mixer/output/kernel", (64, 32), ("tensor", "fsdp"), True, True),
@@ -28,6 +29,8 @@ CASES = [
     ("params/layers/mixer/gain_log", (3, 64), (), False, False),
     ("params/layers/mixer/phase", (3, 64, 32), (), False, False),
     ("params/layers/mixer/D", (3, 64), (), False, False),
+    ("params/memory/log_beta", (), (), False, False),
+    ("params/memory/sink_logits", (4,), (), False, False),
     ("params/nothing/like/this", (64, 64), (), False, False),
 ]
 
