@@ -266,6 +266,42 @@ def test_dropout_hides_patterns_in_training_only():
     assert 0.35 < kept < 0.65
 
 
+def test_a_query_may_ask_for_nothing():
+    """S4: a sink learns to answer queries that mean nothing with nothing; softmax cannot."""
+    rng = np.random.default_rng(0)
+    stored = 2 * rng.normal(size=(1, 12, 16)).astype(np.float32)
+    known = stored + 0.2 * rng.normal(size=stored.shape).astype(np.float32)
+    noise = rng.normal(size=(1, 12, 16)).astype(np.float32)
+    query = np.concatenate([known, noise], axis=1)
+    target = np.concatenate([stored, np.zeros_like(noise)], axis=1)
+    norms = {}
+    for separation in ("softmax", "softmax_n"):
+        layer = Hopfield.retrieval_only(
+            16,
+            0.1,
+            separation=separation,
+            learned_beta="shared",
+            learned_sink=separation == "softmax_n",
+        )
+        params = layer.init(jax.random.key(0), query, stored=stored)
+
+        def loss(params, layer=layer):
+            return jnp.mean(jnp.square(layer.apply(params, query, stored=stored) - target))
+
+        @jax.jit
+        def train(params, loss=loss):
+            def step(params, _):
+                return jax.tree.map(lambda p, g: p - g, params, jax.grad(loss)(params)), None
+
+            return jax.lax.scan(step, params, None, length=1500)[0]
+
+        out = np.asarray(layer.apply(train(params), query, stored=stored))
+        norms[separation] = np.linalg.norm(out[0, 12:], axis=-1).mean()
+        error = np.linalg.norm(out[0, :12] - stored[0], axis=-1).mean()
+        assert separation == "softmax" or error < 0.3
+    assert norms["softmax_n"] < 0.3 and norms["softmax"] > 2
+
+
 def test_bad_input():
     for message, options in (
         ("heads: features 8 must be a multiple", {"heads": 3}),
