@@ -47,7 +47,7 @@ from memseq.layers.mixture.mixture_of_memories import MixtureOfMemories
 from memseq.layers.neural_memory.atlas import OmegaNet
 from memseq.layers.neural_memory.miras import Memora, Moneta, Yaad
 from memseq.layers.neural_memory.neural_memory import NeuralMemory
-from memseq.layers.neural_memory.titans import TitansLMM
+from memseq.layers.neural_memory.titans import TitansLMM, TitansMAG, TitansMAL
 from memseq.layers.neural_memory.ttt import TTTMLP, TTTLinear
 from memseq.layers.readout.log_linear import LogLinearGatedDeltaNet, LogLinearMamba2
 from memseq.layers.readout.mesa_net import MesaNet
@@ -139,6 +139,8 @@ REGISTRY = {
     "ttt_linear": TTTLinear,
     "ttt_mlp": TTTMLP,
     "omega_net": OmegaNet,
+    "titans_mag": TitansMAG,
+    "titans_mal": TitansMAL,
 }
 # Layers of sets: y = layer(x[, mask]).
 SET_LAYERS = {
@@ -244,6 +246,8 @@ __all__ = [
     "SparseHopfield",
     "TTTLinear",
     "TitansLMM",
+    "TitansMAG",
+    "TitansMAL",
     "UHopfield",
     "WaveRNN",
     "Yaad",

@@ -161,7 +161,7 @@ class SoftmaxAttention(SequenceLayer):
             values = jnp.concatenate([state.value.astype(value.dtype), value], axis=1)
             key_positions = jnp.concatenate([state.position, position], axis=1)
             key_segments = jnp.concatenate([held, ids], axis=1)
-        out = attention(
+        out = self.attend(
             query,
             keys,
             values,
@@ -172,7 +172,6 @@ class SoftmaxAttention(SequenceLayer):
             key_positions=key_positions,
             query_segments=ids,
             key_segments=key_segments,
-            implementation=self.implementation,
         )
         if state.grows:
             state = grown(state, time)
@@ -183,6 +182,10 @@ class SoftmaxAttention(SequenceLayer):
             state, key, value, position, segs.valid, segs.index, self.window, self.sink_tokens
         )
         return out, state.replace(conv=conv, segment=leave(state, segment_ids))
+
+    def attend(self, query: jax.Array, keys: jax.Array, values: jax.Array, **options) -> jax.Array:
+        """The operation `attention` on this call's queries and all keys and values there are."""
+        return attention(query, keys, values, implementation=self.implementation, **options)
 
     def finish(self, x: jax.Array, out: jax.Array) -> jax.Array:
         out = merge_heads(out)
