@@ -1,5 +1,8 @@
 """Cross-entropy that never holds the logits of a whole batch."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -49,3 +52,12 @@ def token_cross_entropy(
     zero = jnp.zeros((), jnp.promote_types(hidden.dtype, jnp.float32))
     total, _ = jax.lax.scan(step, zero, (blocks(hidden), blocks(targets), blocks(weights)))
     return total, jnp.sum(weights)
+
+
+def auxiliary_loss(sown: Mapping[str, Any]) -> jax.Array:
+    """float32 scalar: the sum of what layers sowed in `losses`, such as a router's balance loss.
+
+    sown: the variables that `model.apply(..., mutable="losses")` returned.
+    """
+    leaves = jax.tree.leaves(sown.get("losses", {}))
+    return sum((jnp.sum(x, dtype=jnp.float32) for x in leaves), jnp.zeros((), jnp.float32))

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from memseq.models.loss import auxiliary_loss
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -158,10 +160,11 @@ class Trainer:
         """One step of one copy. A copy that fails keeps its last parameters and stands still."""
 
         def loss_of(params):
-            logits, _ = self.model.apply(params, batch["inputs"])
-            return scored_loss(logits, batch["targets"], batch["mask"])
+            (logits, _), sown = self.model.apply(params, batch["inputs"], mutable="losses")
+            loss = scored_loss(logits, batch["targets"], batch["mask"])
+            return loss + auxiliary_loss(sown), loss
 
-        loss, grads = jax.value_and_grad(loss_of)(copy.params)
+        (_, loss), grads = jax.value_and_grad(loss_of, has_aux=True)(copy.params)
         updates, optimizer = self.optimizer.update(grads, copy.optimizer, copy.params)
         scale = -rate * schedule(index, self.settings)
         params = jax.tree.map(lambda p, u: (p + scale * u).astype(p.dtype), copy.params, updates)

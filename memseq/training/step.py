@@ -32,7 +32,8 @@ def make_train_step(
     """A jitted `(state, batch) -> (state, metrics)` that takes over the state's buffers.
 
     A step whose loss, gradient or update is not finite leaves parameters and optimiser as they were
-    and is counted; the data moves on. Metrics are float32 or int32 scalars: `loss` (nats),
+    and is counted; the data moves on. What layers sow in `losses` is added to what is minimised.
+    Metrics are float32 or int32 scalars: `loss` (nats, without that), `auxiliary_loss` (that),
     `grad_norm` (before clipping), `learning_rate`, `weight` (how many targets counted), `skipped`
     and `skipped_in_row`.
 
@@ -45,17 +46,20 @@ def make_train_step(
     """
 
     def loss_of(params, batch, key):
-        nll, weight = _nll(model, params, batch, loss_chunk, rngs={"dropout": key})
-        return nll, weight
+        options = {"rngs": {"dropout": key}, "mutable": "losses"}
+        nll, weight, sown = _nll(model, params, batch, loss_chunk, **options)
+        auxiliary = weight * losses.auxiliary_loss(sown)
+        return nll + auxiliary, (nll, auxiliary, weight)
 
     def step(state: TrainState, batch: Batch):
         key = jax.random.fold_in(state.key, state.step)
-        nll, weight, grads = _accumulate(loss_of, state.params, batch, key, microbatches)
+        sums, grads = _accumulate(loss_of, state.params, batch, key, microbatches)
+        nll, auxiliary, weight = sums
         loss = nll / weight
         grads = jax.tree.map(lambda g, p: (g / weight).astype(p.dtype), grads, state.params)
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        finite = jnp.isfinite(nll + auxiliary) & jnp.isfinite(grad_norm)
         finite &= jnp.isfinite(optax.tree.norm(updates))
         new = (optax.apply_updates(state.params, updates), opt_state)
         old = (state.params, state.opt_state)
@@ -63,6 +67,7 @@ def make_train_step(
         skipped = jnp.where(finite, 0, 1).astype(jnp.int32)
         metrics = {
             "loss": loss,
+            "auxiliary_loss": auxiliary / weight,
             "grad_norm": grad_norm,
             "learning_rate": schedule(state.step - state.skipped),
             "weight": weight,
@@ -87,24 +92,31 @@ def make_eval_step(
     model: nn.Module, *, loss_chunk: int = 256
 ) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
     """A jitted `(params, batch) -> (sum of nats, sum of weights)`; add both up before dividing."""
-    return jax.jit(lambda params, batch: _nll(model, params, batch, loss_chunk))
+    return jax.jit(lambda params, batch: _nll(model, params, batch, loss_chunk)[:2])
 
 
-def _nll(model, params, batch: Batch, loss_chunk: int, **options):
-    hidden, _ = model.apply(
-        params, batch["tokens"], segment_ids=batch["segment_ids"], method="hidden", **options
+def _nll(model, params, batch: Batch, loss_chunk: int, mutable=(), **options):
+    """Sum of nats, sum of weights, and the variables of the `mutable` collections."""
+    (hidden, _), sown = model.apply(
+        params,
+        batch["tokens"],
+        segment_ids=batch["segment_ids"],
+        method="hidden",
+        mutable=mutable,
+        **options,
     )
-    return losses.token_cross_entropy(
+    nll, weight = losses.token_cross_entropy(
         model, params, hidden, batch["targets"], batch["weights"], loss_chunk
     )
+    return nll, weight, sown
 
 
 def _accumulate(loss_of, params, batch: Batch, key: jax.Array, microbatches: int):
-    """(sum of nats, sum of weights, float32 gradient of the sum of nats) over all microbatches."""
+    """The sums that `loss_of` gives beside its value, and that value's float32 gradient."""
     value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
     if microbatches == 1:
-        (nll, weight), grads = value_and_grad(params, batch, jax.random.fold_in(key, 0))
-        return nll, weight, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        (_, sums), grads = value_and_grad(params, batch, jax.random.fold_in(key, 0))
+        return sums, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
     rows = batch["tokens"].shape[0]
     if rows % microbatches:
@@ -118,10 +130,10 @@ def _accumulate(loss_of, params, batch: Batch, key: jax.Array, microbatches: int
 
     def add(total, part):
         index, batch = part
-        (nll, weight), grads = value_and_grad(params, batch, jax.random.fold_in(key, index))
-        return jax.tree.map(jnp.add, total, (nll, weight, grads)), None
+        (_, sums), grads = value_and_grad(params, batch, jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, total, (sums, grads)), None
 
     zero = jnp.zeros((), jnp.float32)
-    start = (zero, zero, jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
+    start = ((zero,) * 3, jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
     parts = (jnp.arange(microbatches), jax.tree.map(split, dict(batch)))
     return jax.lax.scan(add, start, parts)[0]

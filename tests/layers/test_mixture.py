@@ -226,6 +226,11 @@ def balance(layer, params, x, ids):
     return sown["losses"]["load_balance"][0], sown["intermediates"]["load"][0]
 
 
+def test_parameters_are_all_that_init_makes():
+    made = jax.eval_shape(MixtureOfMemories(FEATURES).init, jax.random.key(0), inputs())
+    assert set(made) == {"params"} and set(made["params"]) == {"router", "memory", "memories"}
+
+
 def test_balance_loss():
     """0 at even routing, memories - top_k at the worst, padding left out, gradient through P."""
     layer = MixtureOfMemories(FEATURES, **LINEAR, balance_scale=1.0)

@@ -77,6 +77,34 @@ def test_microbatches_are_worth_one_big_batch(name, microbatches):
     assert_trees(np.testing.assert_allclose, *states, rtol=2e-4, atol=2e-6)
 
 
+class WithLoss(Tiny):
+    """Sows a loss that pulls one matrix to 1."""
+
+    def hidden(self, tokens, state=None, segment_ids=None):
+        hidden, state = super().hidden(tokens, state, segment_ids)
+        pull = 10 * jnp.mean((self.up.variables["params"]["kernel"] - 1) ** 2)
+        if not self.is_initializing():
+            self.sow("losses", "pull", jnp.stack([pull, pull]))  # as from two scanned layers
+        return hidden, state
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_sown_losses_are_minimised_and_reported_apart(microbatches):
+    optimizer, schedule = make_optimizer(options(), steps=100)
+    model, data = WithLoss(), batch()
+    step = make_train_step(model, optimizer, schedule, microbatches=microbatches, loss_chunk=4)
+    state = start(model, optimizer)
+    nll, weight = make_eval_step(model, loss_chunk=4)(state.params, data)
+    kernel = state.params["params"]["up"]["kernel"]
+    want = 20 * np.mean((np.asarray(kernel) - 1) ** 2)
+    for _ in range(60):
+        state, metrics = step(state, data)
+        if state.step == 1:
+            np.testing.assert_allclose(metrics["loss"], nll / weight, rtol=1e-5)
+            np.testing.assert_allclose(metrics["auxiliary_loss"], want, rtol=1e-5)
+    assert metrics["auxiliary_loss"] < 0.5 * want
+
+
 def test_microbatches_must_divide_the_batch():
     model, optimizer, step = make(microbatches=3)
     with pytest.raises(ValueError, match="microbatches: got 3, .* batch of 4"):

@@ -117,6 +117,11 @@ class SequenceLayer(nn.Module):
         self.sow("intermediates", "mean_decay", jnp.exp(log_decay).mean())
         return log_decay
 
+    def sow_loss(self, name: str, value: jax.Array) -> None:
+        """Sows a loss for training to add; not in `init`, which would keep it as a parameter."""
+        if not self.is_initializing():
+            self.sow("losses", name, value)
+
     @nn.nowrap
     def state_bytes(self, batch: int = 1, context: int | None = None) -> int:
         """Bytes of `init_state(batch, context)`, counted from its arrays."""

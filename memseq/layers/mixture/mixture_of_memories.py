@@ -212,7 +212,7 @@ class MixtureOfMemories(SequenceLayer):
         mean = jnp.sum(jnp.where(valid[..., None], probability, 0), axis=(0, 1)) / tokens
         balance = self.memories * jnp.sum(load * mean) - self.top_k
         self.sow("intermediates", "load", load.sum(0))
-        self.sow("losses", "load_balance", self.balance_scale * balance)
+        self.sow_loss("load_balance", self.balance_scale * balance)
         return top / top.sum(-1, keepdims=True), chosen
 
     def _by_page(self, mix, own, memories, weight, chosen, segs):
