@@ -109,12 +109,11 @@ def test_forms_agree(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("time", [1, 2, 63, 64, 65, 150])
-@pytest.mark.parametrize("decay", [None, "step"])
+@pytest.mark.parametrize("time", [2, 64, 65, 150])
 @pytest.mark.parametrize("beta", [None, 2.0])
 @pytest.mark.parametrize("longest", [None, 5, 80])
-def test_forms_agree_everywhere(time, decay, beta, longest):
-    case = Case(time, decay, beta, levels=6, cosine=0.9, longest=longest, batch=3, start=7)
+def test_forms_agree_everywhere(time, beta, longest):
+    case = Case(time, "step", beta, levels=6, cosine=0.9, longest=longest, batch=3, start=7)
     inputs, options, rng = case.build(time)
     oracle = split_state(oracles_readout.log_linear_attention)
     check_agreement(operation, oracle, inputs, options, rng)

@@ -91,12 +91,11 @@ def test_forms_agree(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("time", [1, 2, 63, 64, 65, 300])
-@pytest.mark.parametrize("decay", [None, "head", "step"])
-@pytest.mark.parametrize("cosine", [0.0, 0.9])
+@pytest.mark.parametrize("time", [2, 64, 65, 200])
+@pytest.mark.parametrize("decay", [None, "step"])
 @pytest.mark.parametrize("longest", [None, 5, 80])
-def test_forms_agree_everywhere(time, decay, cosine, longest):
-    case = Case(time, decay, cosine, longest=longest, batch=3, heads=4)
+def test_forms_agree_everywhere(time, decay, longest):
+    case = Case(time, decay, 0.9, longest=longest, batch=3, heads=4)
     inputs, options, rng = case.build(time)
     check_agreement(ridge_readout, oracles_readout.ridge_readout, inputs, options, rng)
 
