@@ -112,6 +112,7 @@ def test_cumulative_softmax(size):
     np.testing.assert_array_equal(log_decay[1], 0)
     for positions in segments_of(ids[0]):
         weights = list(past_softmax(logits[0, positions]))
+        np.testing.assert_array_equal(log_decay[0, positions[0]], 0)
         for t, position in enumerate(positions):
             want = weights[t]
             np.testing.assert_allclose(written[0, position], want[-1], rtol=0, atol=1e-9)
