@@ -48,6 +48,7 @@ from memseq.layers.neural_memory.atlas import OmegaNet
 from memseq.layers.neural_memory.miras import Memora, Moneta, Yaad
 from memseq.layers.neural_memory.neural_memory import NeuralMemory
 from memseq.layers.neural_memory.titans import TitansLMM, TitansMAG, TitansMAL
+from memseq.layers.neural_memory.titans_mac import TitansMAC
 from memseq.layers.neural_memory.ttt import TTTMLP, TTTLinear
 from memseq.layers.readout.log_linear import LogLinearGatedDeltaNet, LogLinearMamba2
 from memseq.layers.readout.mesa_net import MesaNet
@@ -141,6 +142,7 @@ REGISTRY = {
     "omega_net": OmegaNet,
     "titans_mag": TitansMAG,
     "titans_mal": TitansMAL,
+    "titans_mac": TitansMAC,
 }
 # Layers of sets: y = layer(x[, mask]).
 SET_LAYERS = {
@@ -246,6 +248,7 @@ __all__ = [
     "SparseHopfield",
     "TTTLinear",
     "TitansLMM",
+    "TitansMAC",
     "TitansMAG",
     "TitansMAL",
     "UHopfield",

@@ -12,8 +12,11 @@ from memseq.layers.common.matrix import MatrixLayer
 from memseq.layers.common.parts import conv_tail, l2_normalize, widen
 from memseq.pallas_kernels import neural_memory
 from memseq.pallas_kernels.common.checks import check_count
+from memseq.pallas_kernels.common.precision import products_precision
 from memseq.pallas_kernels.neural_memory import Loss, Memory, MemoryState, Retention, empty_state
 from memseq.pallas_kernels.neural_memory.losses import WITH_THRESHOLD
+from memseq.pallas_kernels.neural_memory.memory import forward, through
+from memseq.pallas_kernels.neural_memory.state import select
 
 
 @state_dataclass
@@ -236,6 +239,24 @@ class NeuralMemory(MatrixLayer):
         """Queries and keys as the memory takes them, [batch, time, heads, input_dim]."""
         return (l2_normalize(query), l2_normalize(key)) if self.unit_keys else (query, key)
 
+    def answer(self, query: jax.Array, held: MemoryState) -> jax.Array:
+        """M(q) of queries [batch, time, heads, input_dim] at the present anchor; writes nothing."""
+        network, retention = self._network(), Retention(self.retention, self.retention_amount)
+        initial = tuple(dict(layer) for layer in self.initial)
+        anchor = select(held.position < 0, jax.tree.map(lambda w: w[None], initial), held.anchor)
+        precision = products_precision(query)
+
+        def one(weights, affine, query):
+            linear = through(retention.view(weights, weights), precision)
+            return forward(network, len(weights), linear, affine, query)
+
+        by_head = jax.vmap(one, (0, 0, 1), 1)
+        return jax.vmap(by_head, (0, None, 0))(anchor, dict(self.affine), widen(query))
+
+    @nn.nowrap
+    def _network(self) -> Memory:
+        return Memory(self.activation, self.residual, self.memory_norm, self.memory_epsilon)
+
     def remember(self, query, key, value, gates, held, segment_ids, **options):
         """The memory operation: (read-out, `MemoryState`). held None starts from the parameters."""
         out, held = neural_memory(
@@ -243,7 +264,7 @@ class NeuralMemory(MatrixLayer):
             key,
             value,
             tuple(dict(layer) for layer in self.initial),  # setup freezes them
-            memory=Memory(self.activation, self.residual, self.memory_norm, self.memory_epsilon),
+            memory=self._network(),
             loss=Loss(self.loss, self.power),
             retention=Retention(self.retention, self.retention_amount),
             affine=dict(self.affine),

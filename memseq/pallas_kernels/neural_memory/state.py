@@ -20,7 +20,7 @@ class MemoryState(NamedTuple):
         recent_value: [batch, window - 1, heads, value_dim].
         recent_count: int32 [batch], how many of them there are.
         position: int32 [batch], steps that the present chunk has had; -1 is a memory that has not
-            been written to, and starts from the initial weights whatever `weights` holds.
+            been written to, and starts from the initial weights whatever the rest holds.
     """
 
     weights: tuple[Layer, ...]
@@ -95,7 +95,8 @@ def entered(inputs: Inputs, anchor: str) -> MemoryState:
     first = jax.tree.map(lambda w: w[None], inputs.initial)
     fresh = state.position < 0
     weights = select(fresh, first, state.weights)
-    return state._replace(
+    zeros = jax.tree.map(jnp.zeros_like, state)
+    return select(fresh, zeros, state)._replace(
         weights=weights,
         # anchored at the call, gradients are taken at what the memory holds when the call starts
         anchor=weights if anchor == "call" else select(fresh, first, state.anchor),
