@@ -45,7 +45,8 @@ def run64(layer, params, x, state=None, segment_ids=None):
     """(y, state, what was sown by name), computed and returned in float64."""
     with jax.enable_x64(True):
         (y, state), sown = _apply(layer, params, x, state, segment_ids)
-    sown = {name: np.asarray(values[0]) for name, values in sown.get("intermediates", {}).items()}
+    own = sown.get("intermediates", {}).items()  # a dict in it is a layer inside this one
+    sown = {name: np.asarray(values[0]) for name, values in own if isinstance(values, tuple)}
     assert y.dtype == np.float64
     return np.asarray(y), state, sown
 

@@ -5,7 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memseq.layers import TTTMLP, Memora, Moneta, NeuralMemory, OmegaNet, TitansLMM, TTTLinear, Yaad
+from memseq.layers import (
+    TTTMLP,
+    Memora,
+    Moneta,
+    NeuralMemory,
+    OmegaNet,
+    TitansLMM,
+    TitansMAC,
+    TitansMAG,
+    TitansMAL,
+    TTTLinear,
+    Yaad,
+)
 from tests.layers.harness import (
     FEATURES,
     IDS,
@@ -15,8 +27,10 @@ from tests.layers.harness import (
     query_key_value,
     random_params,
     read_out,
+    rms_norm,
     run64,
     sigmoid,
+    silu,
     softplus,
     unit,
 )
@@ -301,3 +315,125 @@ def test_one_token_and_no_momentum_is_the_plain_memory():
     np.testing.assert_allclose(
         run64(omega, widened, inputs())[0], run64(plain, params, inputs())[0], rtol=0, atol=1e-11
     )
+
+
+# Titans beside attention --------------------------------------------------------------------------
+
+
+def softmax(x):
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+def windowed(params, x, heads, window):
+    """Attention in a window that also sees learned tokens at the positions before the first."""
+    tokens = params["initial_tokens"]
+    count, dim = len(tokens), x.shape[1] // heads
+    inputs_ = np.concatenate([tokens, x])
+    query, key, value = (
+        (inputs_ @ params[name]["kernel"]).reshape(len(inputs_), heads, dim)
+        for name in ("query", "key", "value")
+    )
+    out = np.zeros((len(x), heads, dim))
+    for t in range(len(x)):
+        seen = [*range(count), *range(count + max(0, t - window + 1), count + t + 1)]
+        for h in range(heads):
+            q = rotated(query[count + t, h], t)
+            keys = np.array([rotated(key[j, h], j - count) for j in seen])
+            out[t, h] = softmax(keys @ q / np.sqrt(dim)) @ value[seen, h]
+    return out.reshape(len(x), -1) @ params["output"]["kernel"]
+
+
+def normed(x, params):
+    return np.array([rms_norm(row, params["scale"]) for row in x])
+
+
+def memory_alone(layer, params, x):
+    return transcribed()(layer.make_memory(), params["long_term"], x)[0]
+
+
+def mag(layer, params, x):
+    attended = windowed(params["short_term"], x, layer.heads, layer.window)
+    gate = sigmoid(normed(memory_alone(layer, params, x), params["memory_norm"]))
+    y = normed(attended, params["attention_norm"]) * gate
+    return y @ params["output"]["kernel"], None, {}
+
+
+def mal(layer, params, x):
+    if layer.order == "memory_first":
+        x = normed(memory_alone(layer, params, x), params["norm"])
+        x = windowed(params["short_term"], x, layer.heads, layer.window)
+    else:
+        x = windowed(params["short_term"], x, layer.heads, layer.window)
+        x = memory_alone(layer, params, normed(x, params["norm"]))
+    return x @ params["output"]["kernel"], None, {}
+
+
+def mac(layer, params, x):
+    """Token by token: the answer of the stretch's memory, attention, a write, a read, the gate."""
+    p, heads = params["stretch"], layer.heads
+    m = params["stretch"]["memory"]
+    dim, chunk = layer.features // heads, layer.update_chunk
+    tokens = p["initial_tokens"]
+    networks = [
+        Network(m["affine_scale"][h], m["affine_bias"][h], 1e-5, True) for h in range(heads)
+    ]
+    a = [[m[f"initial_weight_{i}"][h] for i in range(2)] for h in range(heads)]
+    s = [[np.zeros_like(w) for w in head] for head in a]
+
+    def split(z):
+        return z.reshape(heads, dim)
+
+    ys = np.zeros_like(x)
+    for t in range(len(x)):
+        slot = t % chunk
+        if slot == 0:
+            start, seen = [list(head) for head in a], [(j, z) for j, z in enumerate(tokens)]
+            seen = [(j - len(tokens), z) for j, z in seen]
+        asked = split(silu(x[t] @ m["query"]["kernel"]))
+        told = [n.forward(w, unit(q))[0] for n, w, q in zip(networks, start, asked, strict=True)]
+        seen = [*seen, (slot, np.concatenate(told)), (slot, x[t])]
+        query = split(x[t] @ p["query"]["kernel"])
+        out = np.zeros((heads, dim))
+        for h in range(heads):
+            keys = np.array([rotated(split(z @ p["key"]["kernel"])[h], j) for j, z in seen])
+            values = np.array([split(z @ p["value"]["kernel"])[h] for _, z in seen])
+            out[h] = softmax(keys @ rotated(query[h], slot) / np.sqrt(dim)) @ values
+        y = out.reshape(-1) @ p["attention_output"]["kernel"]
+        step, keep, mixing = (
+            sigmoid(y @ m[f"{name}_gate"]["kernel"] + m[f"{name}_bias"])
+            for name in ("step", "keep", "momentum")
+        )
+        key, value = (split(silu(y @ m[name]["kernel"])) for name in ("key", "value"))
+        remembered = np.zeros((heads, dim))
+        for h, network in enumerate(networks):
+            k = unit(key[h])
+            r = network.forward(start[h], k)[0] - value[h]
+            u = network.gradients(start[h], k, r)
+            s[h] = [mixing[h] * b - step[h] / dim * g for b, g in zip(s[h], u, strict=True)]
+            a[h] = [keep[h] * w + b for w, b in zip(a[h], s[h], strict=True)]
+            remembered[h] = network.forward(a[h], unit(split(y)[h]))[0]
+        gate = sigmoid(rms_norm(remembered.reshape(-1), p["memory_norm"]["scale"]))
+        ys[t] = rms_norm(y, p["attention_norm"]["scale"]) * gate
+    return ys @ params["output"]["kernel"], None, {}
+
+
+BESIDE = {
+    "mag": (TitansMAG, {"window": 5, "memory_options": (("expansion", 2),)}, mag),
+    "mal": (TitansMAL, {"window": 5, "memory_options": (("expansion", 2),)}, mal),
+    "attention first": (TitansMAL, {"window": 3, "order": "attention_first"}, mal),
+    "mac": (TitansMAC, {"memory_options": (("expansion", 2),)}, mac),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_titans_beside_attention(name):
+    cls, options, transcription = BESIDE[name]
+    layer = cls(FEATURES, heads=2, update_chunk=4, persistent_tokens=3, **options)
+    check_transcription(layer.clone(implementation="chunked"), transcription, IDS)
+
+
+def test_order_of_mal():
+    layer = TitansMAL(FEATURES, order="memory")
+    with pytest.raises(ValueError, match="order: .*mean 'memory_first'"):
+        jax.eval_shape(layer.init, jax.random.key(0), jnp.zeros((1, 2, FEATURES)))

@@ -224,7 +224,17 @@ class TitansMAC(TitansMAG):
         by_stretch = (batch, count, self.update_chunk)
         x = layout.gather(inputs).reshape(*by_stretch, self.features)
         now = (x, layout.filled.reshape(by_stretch), layout.restart)
-        (held, context), y = self.stretch((state.held, state.context), now)
+        carry = (state.held, state.context)
+        if inputs.dtype == jnp.float64:  # then so are the sums, and what is added to them
+            carry = jax.tree.map(
+                lambda s: (
+                    s.astype(jnp.result_type(s, jnp.float64))
+                    if jnp.issubdtype(s.dtype, jnp.floating)
+                    else s
+                ),
+                carry,
+            )
+        (held, context), y = self.stretch(carry, now)
         out = layout.scatter(y.reshape(batch, -1, self.features))
         if segment_ids is not None and self.max_segments is not None:
             too_many = segs.index[:, -1] >= self.max_segments
