@@ -3,9 +3,11 @@
 What a TPU's compiler says of the TPU kernels is the work of `compile_table`.
 
 A time alone says little, so each is shown beside two others from the same run: that of the
-`reference` form, and the matmul floor, three times the products of a forward pass (one for the
-forward, two for the backward pass) at the speed of one large matrix product. The rounds of all
-programs are interleaved, and of each the median counts.
+`reference` form, and a floor. For operations made of matrix products that is three times the
+products of a forward pass (one for the forward, two for the backward pass) at the speed of one
+large matrix product; for elementwise ones, what must be read and written (inputs and outputs
+forward; inputs, cotangents and gradients backward) at the speed of one pass from a large array to a
+new one. The rounds of all programs are interleaved, and of each the median counts.
 """
 
 import argparse
@@ -58,10 +60,11 @@ from memseq.pallas_kernels.selective_scan import selective_scan
 from memseq.pallas_kernels.selective_scan import shapes as selective_scan_shapes
 
 MATMUL = 2048  # rows and columns of the product that the floor is measured with
+PASS = 2**25  # numbers that the pass reads, and writes to a new array, as operations do
 TARGETS = """\
 Wanted of the chunked forms on a CPU at the default sizes: linear_attention within 5x of the floor,
 delta_rule within 6x, each at least 4x faster than its reference; neural_memory within 3x with one
-head of 128."""
+head of 128; linear_scan within 4x at time 16384 with 4 heads of 64."""
 KERNELS = {"tpu": "mosaic_tpu", "gpu": "mosaic_gpu"}
 
 
@@ -205,15 +208,20 @@ def bench(args: argparse.Namespace) -> None:
     }
     matmul = jax.jit(lambda a: jnp.matmul(a, a, precision=jax.lax.Precision.HIGHEST))
     matrix = jax.random.normal(jax.random.key(0), (MATMUL, MATMUL))
-    _seconds(matmul, matrix)
-    matmul_times = []
+    one_pass, array = jax.jit(lambda a: a + 1), jnp.zeros(PASS)
+    matmul_times, pass_times = [], []
     for _ in range(args.repeats):
         matmul_times.append(_seconds(matmul, matrix))
+        pass_times.append(_seconds(one_pass, array))
         for program in programs.values():
             program.round()
     rate = MATMUL**3 / statistics.median(matmul_times)
-    print(f"one {MATMUL} x {MATMUL} float32 matrix product: {2 * rate / 1e9:.0f} GFLOP/s\n")
-    print(_times(chosen, programs, rate, args), end="\n\n")
+    bandwidth = 2 * array.nbytes / statistics.median(pass_times)
+    print(f"one {MATMUL} x {MATMUL} float32 matrix product: {2 * rate / 1e9:.0f} GFLOP/s")
+    print(
+        f"one pass from {PASS:,} float32 numbers to as many new ones: {bandwidth / 1e9:.1f} GB/s\n"
+    )
+    print(_times(chosen, programs, rate, bandwidth, args), end="\n\n")
     print(_growth(chosen, args))
 
 
@@ -280,26 +288,33 @@ def _machine() -> str:
     return "\n".join(lines)
 
 
-def _times(chosen, programs, rate, args) -> str:
+def _times(chosen, programs, rate, bandwidth, args) -> str:
     header = ("operation", "form", "forward ms", "with backward ms", "of the floor", "of reference")
     rows = [header]
     for (name, form), program in programs.items():
         operation = chosen[name]
         forward, both = map(statistics.median, (program.forward_times, program.both_times))
         reference = statistics.median(programs[name, "reference"].both_times)
-        floor = "-"
         if operation.products:
             products = operation.shapes.forward_products(operation.shape(args), args.chunk_size)
-            floor = f"{both * rate / (3 * products):.1f}x"
+            floor = 3 * products / rate
+        else:
+            outputs = jax.eval_shape(program.forward, program.inputs)
+            floor = (3 * _bytes(program.inputs) + 2 * _bytes(outputs)) / bandwidth
         faster = f"{reference / both:.1f}x faster"
-        rows.append((name, form, f"{forward * 1e3:.1f}", f"{both * 1e3:.1f}", floor, faster))
+        numbers = (f"{forward * 1e3:.1f}", f"{both * 1e3:.1f}", f"{both / floor:.1f}x", faster)
+        rows.append((name, form, *numbers))
     title = (
         f"float32, batch {args.batch}, time {args.time}, {args.heads} heads of {args.dim}, chunks "
         f"of {args.chunk_size}; medians of {args.repeats}.\n"
-        "Ratios are of forward with backward; the floor is three times the forward products at the "
-        "speed above."
+        "Ratios are of forward with backward; the floor is three times the forward products, or,\n"
+        "for elementwise operations, what must be read and written, at the speeds above."
     )
     return f"{title}\n\n{text_table(rows, left=2)}\n{TARGETS}"
+
+
+def _bytes(tree) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _growth(chosen, args) -> str:
