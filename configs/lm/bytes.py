@@ -89,6 +89,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 150
     config.checkpoint.keep = 2
+    config.checkpoint.may_differ = ()  # keys of the model that a resumed run may change
     config.profile = ConfigDict()
     config.profile.start = 0  # a trace of the steps between start and stop; equal is none
     config.profile.stop = 0

@@ -240,14 +240,16 @@ class _Run:
 
     def _require_same_run(self, old: configs.ConfigDict) -> None:
         changed = configs.differences(old, configs.from_json(configs.to_json(self.config)))
-        fixed = [k for k in changed if k.startswith(FIXED_KEYS) and k not in FREE_KEYS]
+        free = (*FREE_KEYS, *self.config.checkpoint.get("may_differ", ()))
+        fixed = [k for k in changed if k.startswith(FIXED_KEYS) and k not in free]
         if fixed:
             what = "; ".join(
                 f"{key} was {changed[key][0]!r}, is {changed[key][1]!r}" for key in fixed
             )
             raise CheckpointMismatch(
                 f"{self.workdir} holds a run with another config: {what}. "
-                "Use the same values or another folder"
+                "Use the same values or another folder, or go on with another model on purpose by "
+                "naming these keys in config.checkpoint.may_differ"
             )
         self.changed = changed
 

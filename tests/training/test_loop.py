@@ -186,6 +186,19 @@ def test_another_config_is_refused_by_name_and_nothing_is_lost(config, tmp_path,
     assert Checkpoints(tmp_path / "checkpoints").steps() == [4, 6]
 
 
+def test_an_update_chunk_is_part_of_the_model_and_changes_only_on_purpose(config, tmp_path, capsys):
+    key = "model.mixers.titans_lmm.update_chunk"
+    config.model.mixers = ConfigDict({"titans_lmm": {"update_chunk": 16}})
+    loop.train(config, tmp_path)
+    config.model.mixers.titans_lmm.update_chunk = 32
+    with pytest.raises(ValueError, match=f"another config: {key} was 16, is 32.*may_differ"):
+        loop.train(config, tmp_path)
+    config.checkpoint.may_differ = (key,)
+    config.train.steps = 8
+    assert loop.train(config, tmp_path).step == 8
+    assert f"config.{key} was 16, is 32 from here on" in capsys.readouterr().err
+
+
 def test_a_broken_checkpoint_is_named_and_the_one_before_taken(config, tmp_path, capsys):
     loop.train(config, tmp_path)
     whole = (tmp_path / "metrics.jsonl").read_text(), digests(tmp_path)
