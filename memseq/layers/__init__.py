@@ -63,6 +63,7 @@ from memseq.layers.recurrent.lstm import GRU, LSTM, SLSTM
 from memseq.layers.recurrent.mlstm import MLSTM
 from memseq.layers.recurrent.reservoir import EchoState, ReservoirMemory
 from memseq.layers.recurrent.wave_rnn import WaveRNN
+from memseq.layers.state_space.eidetic import BMojo
 from memseq.layers.state_space.h3 import H3
 from memseq.layers.state_space.hippo_memory import HiPPOMemory
 from memseq.layers.state_space.lru import LRU
@@ -107,6 +108,7 @@ REGISTRY = {
     "polarized_mamba": PolarizedMamba,
     "mamba2": Mamba2,
     "mamba3": Mamba3,
+    "bmojo": BMojo,
     "lru": LRU,
     "s4d": S4D,
     "s4": S4,
@@ -190,6 +192,7 @@ __all__ = [
     "SLSTM",
     "SMR",
     "TTTMLP",
+    "BMojo",
     "Based",
     "BidirectionalS5",
     "BilinearRNN",

@@ -17,16 +17,16 @@ from memseq.pallas_kernels.common.segments import restarts, segments
 
 
 def scan_steps(
-    step: Callable[[Any, Any], tuple[Any, jax.Array]],
+    step: Callable[[Any, Any], tuple[Any, Any]],
     memory: Any,
     inputs: Any,
     segment_ids: jax.Array | None,
     fresh: Any,
-) -> tuple[jax.Array, Any]:
+) -> tuple[Any, Any]:
     """Runs `step` over time, with the semantics of segments that the operations have.
 
     Args:
-        step: (memory, inputs of one step) to (memory, out [batch, ...]).
+        step: (memory, inputs of one step) to (memory, out), a pytree of arrays [batch, ...] each.
         memory: before the first step, a pytree of arrays [batch, ...].
         inputs: a pytree of arrays [batch, time, ...].
         segment_ids: int32 [batch, time] or None. The memory restarts where the id changes, and at
@@ -57,7 +57,7 @@ def scan_steps(
         return after, out
 
     memory, out = jax.lax.scan(body, memory, tuple(by_time))
-    return jnp.moveaxis(out, 0, 1), memory
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), out), memory
 
 
 class Feedback(nn.Module):
