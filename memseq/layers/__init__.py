@@ -63,7 +63,7 @@ from memseq.layers.recurrent.lstm import GRU, LSTM, SLSTM
 from memseq.layers.recurrent.mlstm import MLSTM
 from memseq.layers.recurrent.reservoir import EchoState, ReservoirMemory
 from memseq.layers.recurrent.wave_rnn import WaveRNN
-from memseq.layers.state_space.eidetic import BMojo
+from memseq.layers.state_space.eidetic import BMojo, MemMamba
 from memseq.layers.state_space.h3 import H3
 from memseq.layers.state_space.hippo_memory import HiPPOMemory
 from memseq.layers.state_space.lru import LRU
@@ -109,6 +109,7 @@ REGISTRY = {
     "mamba2": Mamba2,
     "mamba3": Mamba3,
     "bmojo": BMojo,
+    "mem_mamba": MemMamba,
     "lru": LRU,
     "s4d": S4D,
     "s4": S4,
@@ -228,6 +229,7 @@ __all__ = [
     "Mamba",
     "Mamba2",
     "Mamba3",
+    "MemMamba",
     "Memora",
     "MesaNet",
     "MinGRU",

@@ -1,19 +1,21 @@
-"""B'MOJO against its equations, step by step."""
+"""B'MOJO and MemMamba against their equations, step by step."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memseq.layers import BMojo, Mamba
+from memseq.layers import BMojo, Mamba, MemMamba
 from tests.layers.harness import (
     FEATURES,
     IDS,
+    check_transcription,
     count,
     inputs,
     random_params,
     run64,
     segments_of,
+    sigmoid,
 )
 from tests.layers.test_state_space_mamba import mamba
 
@@ -113,6 +115,45 @@ def test_the_innovation_is_a_loss_of_its_own():
     np.testing.assert_allclose(packed, np.mean(np.concatenate(alone)), rtol=1e-9)
 
 
+def mem_mamba(layer, params, x):
+    """A first-in-first-out pool of the tokens worth a note, read by the steps that need one."""
+    inner = Mamba(layer.features, state_dim=layer.state_dim)
+    faded, _, _ = mamba(inner, params["fading"], x)
+    names = (("query", faded), ("key", x), ("value", x))
+    query, key, value = (
+        (u @ params[n]["kernel"]).reshape(len(x), layer.heads, -1) for n, u in names
+    )
+    worth = sigmoid(x @ params["worth"]["kernel"] + params["worth"]["bias"])[:, 0]
+    need = sigmoid(faded @ params["need"]["kernel"] + params["need"]["bias"])[:, 0]
+    notes, y = [], []
+    for t in range(len(x)):
+        if worth[t] > layer.note_above:
+            notes = [*notes, t][-layer.notes :]
+        recalled = np.zeros_like(query[t])
+        for h in range(layer.heads):
+            if notes and need[t] > layer.recall_above:
+                weight = softmax(key[notes, h] @ query[t, h] / np.sqrt(key.shape[-1]))
+                recalled[h] = need[t] * weight @ (worth[notes, None] * value[notes, h])
+        y.append(faded[t] + recalled.reshape(-1) @ params["output"]["kernel"])
+    return np.array(y), None, {"mean_worth": worth, "mean_need": need}
+
+
+@pytest.mark.parametrize("ids", [None, IDS], ids=["one segment", "packed"])
+@pytest.mark.parametrize(
+    "options", [{"notes": 3, "state_dim": 2}, {"heads": 2, "note_above": 0.9, "recall_above": 0.2}]
+)
+def test_mem_mamba(options, ids):
+    check_transcription(MemMamba(FEATURES, **options), mem_mamba, ids)
+
+
+def test_without_recall_it_is_mamba():
+    layer = MemMamba(FEATURES, recall_above=0.999)
+    params, x = random_params(layer), inputs()
+    params["need"]["bias"] = np.full(1, -100.0)
+    want, _, _ = run64(Mamba(FEATURES), params["fading"], x)
+    np.testing.assert_array_equal(run64(layer, params, x)[0], want)
+
+
 def test_defaults_and_dtypes():
     layer = BMojo(32)
     assert layer.init_state(3).memory.shape == (3, 16, 2, 4, 8)
@@ -135,3 +176,12 @@ def test_defaults_and_dtypes():
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         count(BMojo(FEATURES, **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"notes": 0}, "notes: .* got 0"), ({"recall_above": 1.0}, "recall_above: .* got 1.0")],
+)
+def test_bad_notes(options, message):
+    with pytest.raises(ValueError, match=message):
+        count(MemMamba(FEATURES, **options))

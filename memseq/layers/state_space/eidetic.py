@@ -66,7 +66,7 @@ class BMojo(SequenceLayer):
 
     def setup(self):
         self._dims()
-        self.fading = self._mamba()
+        self.fading = mamba_of(self)
         for name in ("query", "key", "value", "fading_key", "fading_value", "expect"):
             setattr(self, name, self.dense(self.features))
         self.output = self.dense(self.features)
@@ -79,18 +79,6 @@ class BMojo(SequenceLayer):
         return self.heads, self.split_features("heads", None)
 
     @nn.nowrap
-    def _mamba(self, **options: Any) -> Mamba:
-        return Mamba(
-            self.features,
-            state_dim=self.state_dim,
-            implementation=self.implementation,
-            chunk_size=self.chunk_size,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            **options,
-        )
-
-    @nn.nowrap
     def init_state(self, batch, context=None):
         """Empty memories; `context` changes nothing."""
         heads, head_dim = self._dims()
@@ -99,7 +87,7 @@ class BMojo(SequenceLayer):
             return jnp.zeros((batch, count, 2, heads, head_dim), jnp.float32)
 
         return BMojoState(
-            fading=self._mamba(parent=None).init_state(batch),
+            fading=mamba_of(self, parent=None).init_state(batch),
             memory=tokens(self.kept),
             memory_score=jnp.full((batch, self.kept), -1, jnp.float32),
             window=tokens(self.window),
@@ -119,10 +107,6 @@ class BMojo(SequenceLayer):
         faded, fading = self.fading(x, state.fading, segment_ids)
         expected = widen(self.expect(jax.lax.stop_gradient(faded)))
 
-        def pair(key, value):
-            parts = (split_heads(widen(a), heads) for a in (key, value))
-            return jnp.stack(list(parts), axis=2)
-
         dtype = jnp.result_type(expected, state.memory)
         names = ("memory", "memory_score", "window", "window_score", "expected")
         carried, empty = (
@@ -134,8 +118,10 @@ class BMojo(SequenceLayer):
             {
                 "x": jax.lax.stop_gradient(widen(x)).astype(dtype),
                 "query": split_heads(widen(query), heads).astype(dtype),
-                "token": pair(key, value).astype(dtype),
-                "faded": pair(self.fading_key(faded), self.fading_value(faded)).astype(dtype),
+                "token": pair_of(key, value, heads).astype(dtype),
+                "faded": pair_of(self.fading_key(faded), self.fading_value(faded), heads).astype(
+                    dtype
+                ),
                 "expected": expected.astype(dtype),
             },
             segment_ids,
@@ -157,9 +143,6 @@ class BMojo(SequenceLayer):
             carried["window"][:, 0],
             carried["window_score"][:, 0],
         )
-
-        def enqueue(queue, new):
-            return jnp.concatenate([queue[:, 1:], new[:, None]], axis=1)
 
         window = enqueue(carried["window"], inputs["token"])
         score = jax.lax.stop_gradient(surprise)
@@ -205,3 +188,140 @@ def attend(query: jax.Array, tokens: jax.Array, seen: jax.Array) -> jax.Array:
     weight = jnp.exp(logits - jnp.where(jnp.isfinite(top), jax.lax.stop_gradient(top), 0))
     weight = weight / jnp.maximum(jnp.sum(weight, axis=-1, keepdims=True), 1e-30)
     return jnp.einsum("bhn,bnhd->bhd", weight, tokens[:, :, 1])
+
+
+@state_dataclass
+class MemMambaState:
+    """State of `MemMamba`.
+
+    Attributes:
+        fading: state of the Mamba layer.
+        memory: float32 [batch, notes, 2, heads, head_dim], keys and values of notes, oldest first.
+        filled: float32 [batch, notes], what a note was worth; 0 for an empty slot.
+        segment: int32 [batch].
+    """
+
+    fading: MambaState
+    memory: jax.Array
+    filled: jax.Array
+    segment: jax.Array
+
+
+class MemMamba(SequenceLayer):
+    """Mamba with a pool of notes: tokens worth one leave it, steps in need of one read them.
+
+        out_t = f_t + [r_t > recall_above] r_t W attend(q_t, notes),  f = mamba(x),
+        a note (K x_t, s_t V x_t) is left where s_t > note_above,
+        s_t = sigmoid(w_s x_t),  r_t = sigmoid(w_r f_t),  q_t = Q f_t
+
+    Wang et al. 2025, "MemMamba: rethinking memory patterns in state space model",
+    arXiv:2510.03279; no code was published. This is its note block and its attention across
+    tokens; its attention across layers is not here. A full pool drops its oldest note. Thresholds
+    have no gradient, but s and r weigh what passes them, so both are learned.
+
+    Attributes (beside those of every layer):
+        notes: size of the pool.
+        note_above, recall_above: thresholds, in [0, 1).
+        state_dim: of the Mamba layer.
+    """
+
+    notes: int = 32
+    note_above: float = 0.5
+    recall_above: float = 0.5
+    state_dim: int = 16
+
+    PAPER: ClassVar[str] = "Wang et al. 2025, arXiv:2510.03279"
+    MEMORY: ClassVar[str] = "vectors [channels, state_dim] and notes"
+    OPERATION: ClassVar[str] = "selective_scan"
+    STATE: ClassVar[type] = MemMambaState
+
+    def setup(self):
+        self._dims()
+        for name in ("note_above", "recall_above"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected 0 <= threshold < 1, got {getattr(self, name)}")
+        self.fading = mamba_of(self)
+        for name in ("query", "key", "value"):
+            setattr(self, name, self.dense(self.features))
+        self.worth = self.dense(1, use_bias=True)
+        self.need = self.dense(1, use_bias=True)
+        self.output = self.dense(self.features)
+
+    @nn.nowrap
+    def _dims(self) -> tuple[int, int]:
+        """(heads, head_dim)."""
+        check_count("notes", self.notes, 1)
+        return self.heads, self.split_features("heads", None)
+
+    @nn.nowrap
+    def init_state(self, batch, context=None):
+        """An empty memory and an empty pool; `context` changes nothing."""
+        heads, head_dim = self._dims()
+        return MemMambaState(
+            fading=mamba_of(self, parent=None).init_state(batch),
+            memory=jnp.zeros((batch, self.notes, 2, heads, head_dim), jnp.float32),
+            filled=jnp.zeros((batch, self.notes), jnp.float32),
+            segment=no_segment(batch),
+        )
+
+    def project(self, x):
+        return x, self.key(x), self.value(x), nn.sigmoid(widen(self.worth(x)))
+
+    def mix(self, inputs, state, segment_ids):
+        x, key, value, worth = inputs
+        heads, _ = self._dims()
+        fresh = self.init_state(x.shape[0])
+        state = enter(state, fresh, segment_ids)
+        faded, fading = self.fading(x, state.fading, segment_ids)
+        need = nn.sigmoid(widen(self.need(faded)))
+        self.sow("intermediates", "mean_worth", worth.mean())
+        self.sow("intermediates", "mean_need", need.mean())
+        note = pair_of(widen(key), worth * widen(value), heads)
+        query = split_heads(widen(self.query(faded)), heads)
+        dtype = jnp.result_type(note, query, state.memory)
+
+        def step(carried, inputs):
+            memory, filled = carried
+            note, worth, query = inputs
+            left = worth > self.note_above
+            filled = jnp.where(left, enqueue(filled, worth[:, 0]), filled)
+            memory = jnp.where(left[:, :, None, None, None], enqueue(memory, note), memory)
+            return (memory, filled), attend(query, memory, filled > 0)
+
+        out, (memory, filled) = scan_steps(
+            step,
+            (state.memory.astype(dtype), state.filled.astype(dtype)),
+            (note.astype(dtype), worth.astype(dtype), query.astype(dtype)),
+            segment_ids,
+            (fresh.memory.astype(dtype), fresh.filled.astype(dtype)),
+        )
+        recalled = jnp.where(need > self.recall_above, need, 0) * merge_heads(out)
+        out = faded, recalled.astype(faded.dtype)
+        return out, self.leave_with(state, segment_ids, fading=fading, memory=memory, filled=filled)
+
+    def finish(self, x, out):
+        faded, recalled = out
+        return faded + self.output(recalled)
+
+
+def mamba_of(layer: SequenceLayer, **options: Any) -> Mamba:
+    """The Mamba layer that a layer's fields describe."""
+    return Mamba(
+        layer.features,
+        state_dim=layer.state_dim,
+        implementation=layer.implementation,
+        chunk_size=layer.chunk_size,
+        dtype=layer.dtype,
+        param_dtype=layer.param_dtype,
+        **options,
+    )
+
+
+def pair_of(key: jax.Array, value: jax.Array, heads: int) -> jax.Array:
+    """A token's key and value by heads: [batch, time, 2, heads, head_dim]."""
+    return jnp.stack([split_heads(key, heads), split_heads(value, heads)], axis=2)
+
+
+def enqueue(queue: jax.Array, new: jax.Array) -> jax.Array:
+    """[batch, slots, ...] without its first, and with `new` [batch, ...] at the end."""
+    return jnp.concatenate([queue[:, 1:], new[:, None]], axis=1)
