@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from memseq.layers import RWKV6, RWKV7, LinearAttention
+from memseq.models import LanguageModel
 from tests.layers.harness import (
     FEATURES,
     IDS,
@@ -140,6 +141,27 @@ def test_later_layers_mix_the_first_ones_values():
             value = (u + (before(u) - u) * share) @ params["first"]["value"]["kernel"]
             want, _, _ = rwkv7(layer, params["second"], middle, value)
             np.testing.assert_allclose(y[row, positions], want, rtol=0, atol=1e-9)
+
+
+def test_rwkv7_in_a_model():
+    """Layers know their depth, the second has the first one's values, and calls may be split."""
+    model = LanguageModel(11, 16, ("rwkv7",), repeats=2, mixers={"rwkv7": {"heads": 2}})
+    tokens = np.random.default_rng(0).integers(11, size=(2, 9))
+    params = jax.jit(model.init)(jax.random.key(0), tokens)
+    shapes = params["params"]["stack"]["layers"]
+    first, second = (shapes[f"block_{i}"]["layer"] for i in range(2))
+    assert "value_gate" in second and "value_gate" not in first
+    assert np.abs(first["shift_bias"] - second["shift_bias"]).max() > 0.1
+    # random everywhere: what starts at zero would hide what layers pass on
+    draw = np.random.default_rng(1).normal
+    params = jax.tree.map(lambda a: jnp.asarray(0.3 * draw(size=a.shape), a.dtype), params)
+    call = jax.jit(model.apply)
+    want, _ = call(params, tokens)
+    state, logits = None, []
+    for piece in (slice(0, 4), slice(4, 9)):
+        y, state = call(params, tokens[:, piece], state)
+        logits.append(y)
+    np.testing.assert_allclose(np.concatenate(logits, axis=1), want, rtol=0, atol=1e-4)
 
 
 def test_rwkv6_that_keeps_all_reads_linear_attention():
