@@ -8,6 +8,7 @@ y, state = layer.apply(params, more, state)          # goes on where it stopped
 
 from memseq.layers.attention.softmax_attention import SoftmaxAttention
 from memseq.layers.common.base import SequenceLayer
+from memseq.layers.common.context_parallel import context_parallel
 from memseq.layers.delta_rule.comba import Comba
 from memseq.layers.delta_rule.delta_net import DeltaNet
 from memseq.layers.delta_rule.delta_product import DeltaProduct, GatedDeltaProduct
@@ -259,4 +260,5 @@ __all__ = [
     "UHopfield",
     "WaveRNN",
     "Yaad",
+    "context_parallel",
 ]

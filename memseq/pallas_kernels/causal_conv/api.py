@@ -8,6 +8,7 @@ from memseq.pallas_kernels.causal_conv.chunked import chunked
 from memseq.pallas_kernels.causal_conv.mosaic_tpu import MOSAIC_TPU
 from memseq.pallas_kernels.causal_conv.reference import reference
 from memseq.pallas_kernels.common import checks
+from memseq.pallas_kernels.common.context import splits_time
 from memseq.pallas_kernels.common.dispatch import Forms, run
 from memseq.pallas_kernels.common.segments import hide_padding, segments
 
@@ -21,6 +22,17 @@ FORMS = Forms(
 )
 
 
+def _silent(arguments, size):
+    """The tail alone: `size` places move along it as that many channels."""
+    x, kernel = arguments["x"], arguments["kernel"]
+    return {
+        "x": jnp.zeros((*x.shape[:2], size), x.dtype),
+        "kernel": jnp.zeros((kernel.shape[0], size), kernel.dtype),
+        "segment_ids": arguments.get("segment_ids"),
+    }
+
+
+@splits_time(("x",), _silent, matrix=True)
 def causal_conv(
     x: jax.Array,
     kernel: jax.Array,

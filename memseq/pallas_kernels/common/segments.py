@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from memseq.pallas_kernels.common import context
+
 
 class Segments(NamedTuple):
     """What `segment_ids` mean to a memory.
@@ -23,6 +25,11 @@ def segments(segment_ids: jax.Array) -> Segments:
 
     The first valid position never restarts: in an operation it continues the initial state.
     """
+    if context.axis() is not None:
+        raise ValueError(
+            "context_parallel: expected a layer that looks across time through linear-state "
+            "operations alone, got one that reads segments by itself"
+        )
     valid = segment_ids >= 0
     positions = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
     last_valid = jax.lax.cummax(jnp.where(valid, positions, -1), axis=1)
@@ -45,17 +52,12 @@ def segment_positions(segs: Segments) -> jax.Array:
 
 def last_segment(segment_ids: jax.Array, previous: jax.Array) -> jax.Array:
     """int32 [batch]: the last valid id of each row, `previous` [batch] where a row has none."""
-    valid = segment_ids >= 0
-    last = segment_ids.shape[1] - 1 - jnp.argmax(valid[:, ::-1], axis=1)
-    found = jnp.take_along_axis(segment_ids, last[:, None], axis=1)[:, 0]
-    return jnp.where(valid.any(axis=1), found, previous)
+    return context.end_segment(segment_ids, previous, last=True)
 
 
 def first_segment(segment_ids: jax.Array, default: jax.Array) -> jax.Array:
     """int32 [batch]: the first valid id of each row, `default` [batch] where a row has none."""
-    valid = segment_ids >= 0
-    found = jnp.take_along_axis(segment_ids, jnp.argmax(valid, axis=1)[:, None], axis=1)[:, 0]
-    return jnp.where(valid.any(axis=1), found, default)
+    return context.end_segment(segment_ids, default, last=False)
 
 
 def restarts(index: jax.Array) -> jax.Array:

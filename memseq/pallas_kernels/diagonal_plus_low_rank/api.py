@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from memseq.pallas_kernels.common import checks
+from memseq.pallas_kernels.common.context import splits_time
 from memseq.pallas_kernels.common.dispatch import Forms, run
 from memseq.pallas_kernels.common.segments import hide_padding, segments
 from memseq.pallas_kernels.diagonal_plus_low_rank.chunked import chunked
@@ -20,6 +21,12 @@ FORMS = Forms(
 )
 
 
+def _silent(arguments, size):
+    value = arguments["value"]
+    return arguments | {"value": jnp.zeros((*value.shape[:3], size), value.dtype)}
+
+
+@splits_time(("query", "key", "value", "a", "b", "log_decay"), _silent, matrix=True)
 def diagonal_plus_low_rank(
     query: jax.Array,
     key: jax.Array,
