@@ -84,7 +84,7 @@ def test_config(copy):
 
 def test_import_examples(tmp_path):
     section = re.search(r"^## Use a layer\n(.*?)^## ", README, re.M | re.S)[1]
-    linen, plain = re.findall(r"^```python\n(.*?)^```$", section, re.M | re.S)
+    linen, plain, wrapped = re.findall(r"^```python\n(.*?)^```$", section, re.M | re.S)
     script = tmp_path / "examples.py"
     script.write_text(
         f"{linen}\n"
@@ -94,6 +94,8 @@ def test_import_examples(tmp_path):
         f"{plain}\n"
         "assert out.shape == value.shape and state.shape == (2, 4, 16, 16)\n"
         "assert np.isfinite(out).all()\n"
+        f"{wrapped}\n"
+        "np.testing.assert_allclose(y, layer.apply(params, x)[0], atol=2e-5)\n"
     )
     code = "import runpy, sys; sys.path.insert(0, sys.argv[1]); runpy.run_path(sys.argv[2])"
     done = subprocess.run(

@@ -6,7 +6,7 @@ y, state = layer.apply(params, x)
 y, state = layer.apply(params, more, state)          # goes on where it stopped
 """
 
-from memseq.layers.attention.softmax_attention import SoftmaxAttention
+from memseq.layers.attention.softmax_attention import SlidingWindowAttention, SoftmaxAttention
 from memseq.layers.common.base import SequenceLayer
 from memseq.layers.common.context_parallel import context_parallel
 from memseq.layers.delta_rule.comba import Comba
@@ -78,6 +78,7 @@ from memseq.layers.state_space.s5 import S5, BidirectionalS5
 # Every causal sequence layer by name; each constructor works with `features` alone.
 REGISTRY = {
     "softmax_attention": SoftmaxAttention,
+    "sliding_window_attention": SlidingWindowAttention,
     "linear_attention": LinearAttention,
     "based": Based,
     "gated_linear_attention": GatedLinearAttention,
@@ -250,6 +251,7 @@ __all__ = [
     "STanHopBlock",
     "SequenceLayer",
     "SimpleGatedLinearAttention",
+    "SlidingWindowAttention",
     "SoftmaxAttention",
     "SparseHopfield",
     "TTTLinear",

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memseq.layers import DeltaNet, SoftmaxAttention
+from memseq.layers import DeltaNet, SlidingWindowAttention, SoftmaxAttention
 from tests.layers.harness import (
     FEATURES,
     IDS,
@@ -297,3 +297,11 @@ def test_bad_states():
         layer.clone(window=3).apply(params, x, layer.init_state(2, context=5))
     with pytest.raises(ValueError, match="context: .* got -1"):
         layer.init_state(2, context=-1)
+
+
+def test_sliding_window_is_softmax_attention_with_a_window():
+    layer = SlidingWindowAttention(FEATURES, window=5)
+    check_transcription(layer, softmax_attention)
+    assert SlidingWindowAttention(64).state_bytes(1, 10**6) == SoftmaxAttention(
+        64, window=512
+    ).state_bytes(1)

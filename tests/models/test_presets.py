@@ -11,13 +11,15 @@ from memseq.models import build
 
 FOLDER = Path(__file__).parent.parent.parent / "configs" / "lm"
 
-# parameters, what the paper says of them in millions, bytes of memory after 2,048 positions
+# parameters, what the paper says of them in millions if it does, bytes after 2,048 positions
 PRESETS = {
     "gla_340m": (341_707_776, 340, 12_583_008),
     "gated_deltanet_1b": (1_387_348_732, 1_300, 66_834_516),
     "rwkv7_04b": (451_084_288, 450.8, 6_340_704),
     "based": (341_023_744, 363, 16_850_832),
     "deltaproduct": (392_318_976, 392, 13_320_288),
+    "kda_hybrid": (350_944_656, None, 60_149_880),
+    "samba": (1_354_095_360, 1_300, 172_846_188),
 }
 
 
@@ -32,7 +34,7 @@ def test_size(name):
     tokens = jax.ShapeDtypeStruct((1, 16), jnp.int32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
-    assert abs(count / 1e6 / published - 1) < 0.07
+    assert published is None or abs(count / 1e6 / published - 1) < 0.07
     assert model.state_bytes(1, 2048) == state_bytes
 
 

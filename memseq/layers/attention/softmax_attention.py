@@ -192,3 +192,19 @@ class SoftmaxAttention(SequenceLayer):
         if self.gate is not None:
             out = out * nn.silu(self.gate(x))
         return self.output(out)
+
+
+class SlidingWindowAttention(SoftmaxAttention):
+    """Softmax attention over the last positions: exact recall of what is near.
+
+        out_t = sum_{t-window<j<=t} softmax_j(q_t . k_j / sqrt(head_dim)) v_j
+
+    Beltagy et al. 2020, "Longformer", arXiv:2004.05150, section 3.1. `SoftmaxAttention` with a
+    window, and its state a ring of that many positions: the partner of a recurrent memory in
+    hybrids such as Samba (Ren et al. 2024, arXiv:2406.07522).
+    """
+
+    window: int | None = 512
+
+    PAPER: ClassVar[str] = "Beltagy et al. 2020, arXiv:2004.05150"
+    MEMORY: ClassVar[str] = "keys and values 2 x [window, kv_heads, head_dim]"
