@@ -17,12 +17,14 @@ from memseq.pallas_kernels import (
     linear_attention,
     linear_scan,
     log_linear_attention,
+    neural_memory,
     ridge_readout,
     selective_scan,
 )
 from memseq.pallas_kernels.bench import OPERATIONS as BENCH
 from memseq.pallas_kernels.common import chunks
 from memseq.pallas_kernels.log_linear_attention import LogLinearState
+from memseq.pallas_kernels.neural_memory import Loss, Memory, MemoryState
 from tests.pallas_kernels.harness import (
     assert_close,
     assert_same,
@@ -100,6 +102,41 @@ def with_float_position(*, initial_state=None, **inputs):
     return out, (state.memories, state.position.astype(state.memories.dtype))
 
 
+def neural_memory_inputs(rng):
+    lead, weights = (BATCH, TIME, HEADS), (BATCH, HEADS, DIM, 3)
+    return {
+        "query": rng.normal(size=(*lead, DIM)),
+        "key": correlated_keys(rng, *lead, DIM, 0.5),
+        "value": rng.normal(size=(*lead, 3)),
+        "weight": rng.normal(size=weights[1:]),
+        "log_keep": hard_decay(rng, lead),
+        "step": 0.3 * rng.uniform(size=lead),
+        "momentum": rng.choice([0.0, 0.5, 1.0], size=lead),
+        # weights, anchor, momentum, position in the chunk: 0 for weights that restart
+        "initial_state": (*rng.normal(size=(3, *weights)), np.array([3.0, 1.0, 4.0, 0.0])),
+    }
+
+
+def matrix_with_float_position(*, weight, initial_state=None, **inputs):
+    """`neural_memory` of a matrix, whose state is all floating, one above its position."""
+    options = {"memory": Memory(residual=False, normalisation="none"), "loss": Loss()}
+    if initial_state is not None:
+        *parts, position = initial_state
+        (batch, _, dim, value_dim), heads = parts[0].shape, weight.shape[0]
+        initial_state = MemoryState(
+            *(({"weight": part},) for part in parts),
+            np.zeros((batch, 0, heads, dim), parts[0].dtype),
+            np.zeros((batch, 0, heads, value_dim), parts[0].dtype),
+            np.zeros((batch,), np.int32),
+            position.astype("int32") - 1,
+        )
+    out, state = neural_memory(
+        initial=({"weight": weight},), initial_state=initial_state, **options, **inputs
+    )
+    parts = [part[0]["weight"] for part in (state.weights, state.anchor, state.momentum)]
+    return out, (*parts, (state.position + 1).astype(parts[0].dtype))
+
+
 def linear_scan_inputs(rng):
     lead = (BATCH, TIME, 3)
     return {
@@ -146,6 +183,7 @@ OPERATIONS = {
         {"chunk_size": 8},
     ),
     "ridge_readout": (ridge_readout, ridge_readout_inputs, {"chunk_size": 8, "iterations": 9}),
+    "neural_memory": (matrix_with_float_position, neural_memory_inputs, {"update_chunk": 4}),
     "linear_scan": (linear_scan, linear_scan_inputs, {"chunk_size": 8}),
     "selective_scan": (selective_scan, selective_scan_inputs, {"chunk_size": 8}),
     "causal_conv": (causal_conv, causal_conv_inputs, {"activation": "silu"}),
@@ -158,7 +196,15 @@ MATRIX = (
     "log_linear_attention",
     "ridge_readout",
 )
-SHARED = ("bonus", "kernel", "bias", "A", "D", "ridge")  # the arguments without a batch axis
+SHARED = (
+    "bonus",
+    "kernel",
+    "bias",
+    "A",
+    "D",
+    "ridge",
+    "weight",
+)  # the arguments without a batch axis
 
 
 class Operation:

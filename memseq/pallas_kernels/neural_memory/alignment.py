@@ -133,6 +133,29 @@ def align(
     )
 
 
+def shifted(
+    position: jax.Array, recent_count: jax.Array, recent: int, time: int, chunk: int, count: int
+) -> Alignment:
+    """The layout of rows that are one segment, without padding; arguments as of `align`."""
+    slots = count * chunk
+    start = position[:, None]
+    held = jnp.arange(recent + slots, dtype=jnp.int32) - start
+    token = jnp.arange(slots, dtype=jnp.int32) - start
+    filled = (token >= 0) & (token < time)
+    no_chunk = jnp.zeros((position.shape[0], count), bool)
+    return Alignment(
+        slot=start + jnp.arange(time, dtype=jnp.int32),
+        source=jnp.where((held >= 0) & (held < recent + time), held, recent + time),
+        filled=filled,
+        age=jnp.maximum(token + recent_count[:, None], 0),
+        restart=no_chunk,
+        full=filled.reshape(-1, count, chunk)[:, :, -1],
+        number=jnp.broadcast_to(jnp.arange(count), no_chunk.shape),
+        state_count=jnp.minimum(recent_count + time, recent),
+        state_position=(position + time) % chunk,
+    )
+
+
 def unmoved(batch: int, time: int, recent: int, chunk: int) -> Alignment:
     """The layout of rows that start a chunk and are one segment: each token is its own slot."""
     count = -(-time // chunk)

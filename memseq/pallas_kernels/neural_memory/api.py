@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from memseq.pallas_kernels.common import checks
 from memseq.pallas_kernels.common.dispatch import Forms, run
 from memseq.pallas_kernels.common.precision import products_precision
-from memseq.pallas_kernels.common.segments import Segments, hide_padding, segments
+from memseq.pallas_kernels.common.segments import hide_padding, segments
 from memseq.pallas_kernels.neural_memory.alignment import chunks_needed
 from memseq.pallas_kernels.neural_memory.chunked import chunked
 from memseq.pallas_kernels.neural_memory.losses import WITH_THRESHOLD, Loss
@@ -173,24 +173,20 @@ def neural_memory(
     out_dtype, precision = value.dtype, products_precision(query, key, value)
     floats = [None if x is None else x.astype(dtype) for x in floats]
     query, key, value, log_keep, step, momentum, threshold, position_scale = floats
-    keep = jnp.ones(by_step, dtype) if log_keep is None else jnp.exp(log_keep)
-
+    log_keep = jnp.zeros(by_step, dtype) if log_keep is None else log_keep
     segs = None
     if segment_ids is not None:
         segs = segments(segment_ids)
-    elif initial_state is not None:
-        segs = Segments(jnp.ones((batch, time), bool), jnp.zeros((batch, time), jnp.int32))
-    if segs is not None:
-        query, key, value, keep, step, momentum, threshold = (
+        query, key, value, log_keep, step, momentum, threshold = (
             hide_padding(x, segs.valid)
-            for x in (query, key, value, keep, step, momentum, threshold)
+            for x in (query, key, value, log_keep, step, momentum, threshold)
         )
     most = 1 if segment_ids is None else time if max_segments is None else max_segments
     inputs = Inputs(
         query=query,
         key=key,
         value=value,
-        keep=keep,
+        keep=jnp.exp(log_keep),
         step=step,
         momentum=momentum,
         threshold=threshold,
@@ -216,6 +212,7 @@ def neural_memory(
         read=read,
         outer_grad=outer_grad,
         precision=precision,
+        carried=initial_state is not None,
         max_chunks=chunks_needed(time, update_chunk, initial_state is not None, most),
     )
     if segment_ids is not None and max_segments is not None:

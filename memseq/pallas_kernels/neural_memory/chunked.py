@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from memseq.pallas_kernels.common.segments import Segments, hide_padding
-from memseq.pallas_kernels.neural_memory.alignment import align, unmoved
+from memseq.pallas_kernels.common.sharded import vary_together
+from memseq.pallas_kernels.neural_memory.alignment import align, shifted, unmoved
 from memseq.pallas_kernels.neural_memory.coefficients import Coefficients, coefficients
 from memseq.pallas_kernels.neural_memory.losses import Loss
 from memseq.pallas_kernels.neural_memory.memory import Memory, forward, local_errors, through
@@ -38,17 +39,26 @@ def chunked(
     outer_grad: str | tuple[str, int],
     max_chunks: int,
     precision: jax.lax.Precision,
+    carried: bool,
 ) -> tuple[jax.Array, MemoryState]:
     """`neural_memory` on checked arguments: the leaves of `Inputs`, whose structure is `tree`."""
     inputs: Inputs = jax.tree.unflatten(tree, arrays)
     state = entered(inputs, anchor)
     batch, time = inputs.query.shape[:2]
     recent = state.recent_key.shape[1]
-    if inputs.valid is None:
-        layout = unmoved(batch, time, recent, update_chunk)
+    if inputs.valid is not None:
+        layout = align(
+            Segments(inputs.valid, inputs.index),
+            state.position,
+            state.recent_count,
+            recent,
+            update_chunk,
+            max_chunks,
+        )
+    elif carried:
+        layout = shifted(state.position, state.recent_count, recent, time, update_chunk, max_chunks)
     else:
-        segs = Segments(inputs.valid, inputs.index)
-        layout = align(segs, state.position, state.recent_count, recent, update_chunk, max_chunks)
+        layout = unmoved(batch, time, recent, update_chunk)
     key = layout.gather(inputs.key, state.recent_key)
     value = layout.gather(inputs.value, state.recent_value)
     # a token has no step along the gradients of tokens before its segment
@@ -139,14 +149,15 @@ def chunked(
 
         if needed is None:
             return step(carry)
-        outs = jax.eval_shape(step, carry)[1]
-        return jax.lax.cond(needed, step, lambda x: (x, jnp.zeros(outs.shape, outs.dtype)), carry)
+        out = jax.eval_shape(step, carry)[1]
+        nothing, _ = vary_together((jnp.zeros(out.shape, out.dtype), now[0][0]))
+        return jax.lax.cond(needed, step, lambda carry: (carry, nothing), carry)
 
     carry = (state.anchor, state.weights, state.momentum)
     xs = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), by_chunk)
     flags = jax.tree.map(lambda x: jnp.moveaxis(jnp.asarray(x), 1, 0), flags)
     # chunks that no row has a token in, of which packing can leave many, are not computed
-    needed = None if inputs.valid is None else filled.any((0, 1, 3))
+    needed = None if layout.source is None else filled.any((0, 1, 3))
     (start, weights, momentum), out = _scan_by_group(body, carry, (xs, flags, needed))
     out = jnp.moveaxis(out, (0, 3), (1, 2))  # [batch, chunks, chunk, heads, dim]
     out = layout.scatter(out.reshape(batch, -1, *out.shape[3:]))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from memseq.pallas_kernels.common.checks import check_choice
+from memseq.pallas_kernels.common.sharded import vary_together
 
 ACTIVATIONS = {
     "gelu": jax.nn.gelu,  # the tanh form
@@ -115,5 +116,7 @@ def local_errors(
         return loss_of(forward(memory, len(weights), linear, affine, key)), inputs
 
     still = [jnp.zeros((*key.shape[:-1], w["weight"].shape[-1]), key.dtype) for w in weights]
+    # inside shard_map, the gradient in what devices share would be summed over them
+    *still, _ = vary_together((*still, key))
     errors, inputs = jax.grad(loss, has_aux=True)(still)
     return inputs, errors

@@ -22,6 +22,7 @@ def reference(
     outer_grad: str | tuple[str, int],
     max_chunks: int,
     precision: jax.lax.Precision,
+    carried: bool,
 ) -> tuple[jax.Array, MemoryState]:
     """`neural_memory` on checked arguments: the leaves of `Inputs`, whose structure is `tree`."""
     inputs: Inputs = jax.tree.unflatten(tree, arrays)
@@ -106,7 +107,7 @@ def reference(
             )
             return _where(valid, carry, before), jnp.where(valid, out, 0)
 
-        carry = (*held, jnp.zeros((), jnp.int32))
+        carry = (*held, jnp.zeros_like(held.position))
         carry, out = jax.lax.scan(token, carry, (arrays, shared))
         return out, MemoryState(*carry[:-1])
 
