@@ -6,7 +6,11 @@ y, state = layer.apply(params, x)
 y, state = layer.apply(params, more, state)          # goes on where it stopped
 """
 
-from memseq.layers.attention.softmax_attention import SlidingWindowAttention, SoftmaxAttention
+from memseq.layers.attention.softmax_attention import (
+    ForgettingAttention,
+    SlidingWindowAttention,
+    SoftmaxAttention,
+)
 from memseq.layers.common.base import SequenceLayer
 from memseq.layers.common.context_parallel import context_parallel
 from memseq.layers.delta_rule.comba import Comba
@@ -79,6 +83,7 @@ from memseq.layers.state_space.s5 import S5, BidirectionalS5
 REGISTRY = {
     "softmax_attention": SoftmaxAttention,
     "sliding_window_attention": SlidingWindowAttention,
+    "forgetting_attention": ForgettingAttention,
     "linear_attention": LinearAttention,
     "based": Based,
     "gated_linear_attention": GatedLinearAttention,
@@ -175,6 +180,7 @@ __all__ = [
     "CROSS_LAYERS",
     "DSS",
     "FFM",
+    "ForgettingAttention",
     "GRU",
     "H3",
     "HGRN",

@@ -7,7 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memseq.layers import DeltaNet, SlidingWindowAttention, SoftmaxAttention
+from memseq.layers import (
+    DeltaNet,
+    ForgettingAttention,
+    SlidingWindowAttention,
+    SoftmaxAttention,
+)
 from tests.layers.harness import (
     FEATURES,
     IDS,
@@ -55,7 +60,12 @@ def softmax_attention(layer, params, x):
         for h in range(layer.heads):
             q = prepare(query[t, h], t, "query_norm")
             keys = [prepare(key[j, h // group], j, "key_norm") for j in seen]
-            weights = np.exp([q @ k / np.sqrt(dim) for k in keys])
+            scores = np.array([q @ k / np.sqrt(dim) for k in keys])
+            if layer.forget_gate:
+                gate = x @ params["forget"]["kernel"] + params["forget"]["bias"]
+                log_gate = -np.log1p(np.exp(-gate[:, h]))
+                scores += [log_gate[j + 1 : t + 1].sum() for j in seen]
+            weights = np.exp(scores)
             total = weights.sum() + (np.exp(params["sink_logits"][h]) if layer.sinks else 0)
             out[t, h] = sum(w * value[j, h // group] for w, j in zip(weights, seen, strict=True))
             out[t, h] /= total
@@ -67,6 +77,7 @@ CASES = {
     "grouped, gate": {"kv_heads": 2, "rope_base": 100.0, "output_gate": True},
     "window, sink tokens": {"heads": 2, "window": 5, "sink_tokens": 2},
     "sinks, no positions": {"kv_heads": 1, "sinks": True, "rope": False, "head_dim": 5},
+    "forget gate": {"heads": 2, "forget_gate": True, "window": 6, "kv_heads": 1},
     "conv, norms": {"heads": 2, "conv_width": 4, "qk_norm": True, "head_dim": 6},
 }
 
@@ -297,6 +308,20 @@ def test_bad_states():
         layer.clone(window=3).apply(params, x, layer.init_state(2, context=5))
     with pytest.raises(ValueError, match="context: .* got -1"):
         layer.init_state(2, context=-1)
+
+
+def test_forgetting_attention():
+    layer = ForgettingAttention(FEATURES)
+    check_transcription(layer, softmax_attention, IDS)
+    # open gates forget nothing
+    params, x = random_params(layer), inputs()
+    params["forget"] = {"kernel": np.zeros((FEATURES, 4)), "bias": np.full(4, 100.0)}
+    y, _, _ = run64(layer, params, x)
+    plain = {name: value for name, value in params.items() if name != "forget"}
+    want, _, _ = run64(SoftmaxAttention(FEATURES, rope=False, qk_norm=True), plain, x)
+    np.testing.assert_allclose(y, want, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="sink_tokens: .* got 2"):
+        layer.clone(window=4, sink_tokens=2).init_state(1)
 
 
 def test_sliding_window_is_softmax_attention_with_a_window():

@@ -13,6 +13,7 @@ class SoftmaxAttentionState:
 
     Attributes:
         key, value: [batch, slots, kv_heads, head_dim]; keys as attention reads them (rotated).
+        log_forget: float32 [batch, slots, heads], log forget gates; [batch, slots, 0] without.
         position: int32 [batch, slots], position of a slot's token in its segment, -1 if empty.
         length: int32 [batch], positions of the segment so far.
         conv: tail of the short convolution, [batch, conv_width - 1, channels].
@@ -22,6 +23,7 @@ class SoftmaxAttentionState:
 
     key: jax.Array
     value: jax.Array
+    log_forget: jax.Array
     position: jax.Array
     length: jax.Array
     conv: jax.Array
@@ -29,11 +31,12 @@ class SoftmaxAttentionState:
     grows: bool = struct.field(pytree_node=False, default=False)
 
 
-def empty_cache(batch, slots, heads, head_dim, conv, dtype, grows) -> SoftmaxAttentionState:
+def empty_cache(batch, slots, heads, head_dim, gates, conv, dtype, grows) -> SoftmaxAttentionState:
     """A cache of `slots` positions with nothing in it."""
     return SoftmaxAttentionState(
         key=jnp.zeros((batch, slots, heads, head_dim), dtype),
         value=jnp.zeros((batch, slots, heads, head_dim), dtype),
+        log_forget=jnp.zeros((batch, slots, gates), jnp.float32),
         position=jnp.full((batch, slots), -1, jnp.int32),
         length=jnp.zeros((batch,), jnp.int32),
         conv=conv,
@@ -48,6 +51,7 @@ def grown(state: SoftmaxAttentionState, by: int) -> SoftmaxAttentionState:
     return state.replace(
         key=jnp.pad(state.key, wider + [(0, 0)] * 2),
         value=jnp.pad(state.value, wider + [(0, 0)] * 2),
+        log_forget=jnp.pad(state.log_forget, [*wider, (0, 0)]),
         position=jnp.pad(state.position, wider, constant_values=-1),
     )
 
@@ -56,6 +60,7 @@ def store(
     state: SoftmaxAttentionState,
     key: jax.Array,
     value: jax.Array,
+    log_forget: jax.Array,
     position: jax.Array,
     valid: jax.Array,
     index: jax.Array,
@@ -64,8 +69,8 @@ def store(
 ) -> SoftmaxAttentionState:
     """Puts a call's last segment into the cache; earlier segments will never be read again.
 
-    key, value [batch, time, heads, dim]; position, valid, index [batch, time], with `index` 0 for
-    the segment that the cache holds. With a window the slots are a ring behind the sink tokens.
+    key, value [batch, time, heads, dim]; log_forget [batch, time, gates]; position, valid, index
+    [batch, time], with `index` 0 for the segment that the cache holds. With a window the slots are a ring behind the sink tokens.
     """
     rows = jnp.arange(position.shape[0])[:, None]
     slots = state.position.shape[1]
@@ -82,9 +87,14 @@ def store(
         keep &= (position < sink_tokens) | (position >= length[:, None] - ring)
     slot = jnp.where(keep & (slot < slots), slot, slots)  # out of range: dropped
     held = jnp.where(last > 0, -1, state.position)
+
+    def put(held, new):
+        return held.at[rows, slot].set(new.astype(held.dtype), mode="drop")
+
     return state.replace(
-        key=state.key.at[rows, slot].set(key.astype(state.key.dtype), mode="drop"),
-        value=state.value.at[rows, slot].set(value.astype(state.value.dtype), mode="drop"),
+        key=put(state.key, key),
+        value=put(state.value, value),
+        log_forget=put(state.log_forget, log_forget),
         position=held.at[rows, slot].set(position, mode="drop"),
         length=length,
     )

@@ -15,6 +15,7 @@ from memseq.layers.common.parts import (
     merge_heads,
     rotate,
     split_heads,
+    widen,
 )
 from memseq.pallas_kernels import attention
 from memseq.pallas_kernels.common.checks import check_count
@@ -44,6 +45,7 @@ class SoftmaxAttention(SequenceLayer):
         sink_tokens: first positions of a segment that stay visible outside the window.
         sinks: learn a logit per head that takes part in the softmax and has no value.
         qk_norm: RMS norm of queries and keys per head.
+        forget_gate: see `ForgettingAttention`.
         output_gate: multiply the read-out by silu of a projection of x.
         conv_width: short convolution of query, key and value, with silu; 0 is none.
     """
@@ -56,6 +58,7 @@ class SoftmaxAttention(SequenceLayer):
     sink_tokens: int = 0
     sinks: bool = False
     qk_norm: bool = False
+    forget_gate: bool = False
     output_gate: bool = False
     conv_width: int = 0
 
@@ -82,6 +85,8 @@ class SoftmaxAttention(SequenceLayer):
             self.key_norm = RMSNorm(param_dtype=self.param_dtype)
         if self.sinks:
             self.sink = self.param("sink_logits", nn.initializers.zeros, (self.heads,), jnp.float32)
+        if self.forget_gate:
+            self.forget = self.dense(self.heads, use_bias=True)
         self.gate = self.dense(self.heads * head_dim) if self.output_gate else None
         self.output = self.dense(self.features)
 
@@ -95,6 +100,11 @@ class SoftmaxAttention(SequenceLayer):
             )
         if self.window is not None and self.window < 1:
             raise ValueError(f"window: expected a positive number of positions, got {self.window}")
+        if self.forget_gate and self.sink_tokens:
+            raise ValueError(
+                "sink_tokens: expected 0 with forget_gate, which would have to know every gate "
+                f"since, got {self.sink_tokens}"
+            )
         return kv_heads, self.split_features("head_dim", self.head_dim)
 
     @nn.nowrap
@@ -116,15 +126,21 @@ class SoftmaxAttention(SequenceLayer):
             slots,
             kv_heads,
             head_dim,
+            self.heads if self.forget_gate else 0,
             conv_tail(batch, self.conv_width, self._channels(), dtype),
             dtype,
             grows=context is None and self.window is None,
         )
 
     def project(self, x):
-        return jnp.concatenate([self.query(x), self.key(x), self.value(x)], axis=-1)
+        """Query, key and value side by side; log forget gates [batch, time, heads], or of none."""
+        mixed = jnp.concatenate([self.query(x), self.key(x), self.value(x)], axis=-1)
+        if self.forget_gate:
+            return mixed, nn.log_sigmoid(widen(self.forget(x)))
+        return mixed, jnp.zeros((*x.shape[:2], 0), jnp.float32)
 
     def mix(self, inputs, state, segment_ids):
+        inputs, log_forget = inputs
         batch, time = inputs.shape[:2]
         kv_heads, head_dim = self._dims()
         # a cache's size is the state's own affair: compare with an empty one of the same size
@@ -154,11 +170,12 @@ class SoftmaxAttention(SequenceLayer):
             query = rotate(query, position, self.rope_base)
             key = rotate(key, position, self.rope_base)
 
-        keys, values, key_positions, key_segments = key, value, position, ids
+        keys, values, gates, key_positions, key_segments = key, value, log_forget, position, ids
         if not first_call:
             held = jnp.where(state.position >= 0, 0, -1)
             keys = jnp.concatenate([state.key.astype(key.dtype), key], axis=1)
             values = jnp.concatenate([state.value.astype(value.dtype), value], axis=1)
+            gates = jnp.concatenate([state.log_forget.astype(gates.dtype), gates], axis=1)
             key_positions = jnp.concatenate([state.position, position], axis=1)
             key_segments = jnp.concatenate([held, ids], axis=1)
         out = self.attend(
@@ -168,6 +185,7 @@ class SoftmaxAttention(SequenceLayer):
             window=self.window,
             sinks=self.sink if self.sinks else None,
             sink_tokens=self.sink_tokens,
+            log_forget=gates if self.forget_gate else None,
             query_positions=position,
             key_positions=key_positions,
             query_segments=ids,
@@ -179,7 +197,15 @@ class SoftmaxAttention(SequenceLayer):
             full = segs.valid & (position >= state.position.shape[1])
             out = jnp.where(full[..., None, None], jnp.nan, out)
         state = store(
-            state, key, value, position, segs.valid, segs.index, self.window, self.sink_tokens
+            state,
+            key,
+            value,
+            log_forget,
+            position,
+            segs.valid,
+            segs.index,
+            self.window,
+            self.sink_tokens,
         )
         return out, state.replace(conv=conv, segment=leave(state, segment_ids))
 
@@ -208,3 +234,21 @@ class SlidingWindowAttention(SoftmaxAttention):
 
     PAPER: ClassVar[str] = "Beltagy et al. 2020, arXiv:2004.05150"
     MEMORY: ClassVar[str] = "keys and values 2 x [window, kv_heads, head_dim]"
+
+
+class ForgettingAttention(SoftmaxAttention):
+    """Softmax attention that forgets: keys lose weight as gates close behind them.
+
+        out_t = sum_{j<=t} softmax_j(q_t . k_j / sqrt(head_dim) + sum_{j<l<=t} log f_l) v_j,
+        f_t = sigmoid(W x_t + b), a number a head
+
+    Lin et al. 2025, "Forgetting Transformer", arXiv:2503.02130, equation 5 and section 4: no
+    positions, which the gates supply, and norms of queries and keys. b starts at 0.
+    """
+
+    rope: bool = False
+    qk_norm: bool = True
+    forget_gate: bool = True
+
+    PAPER: ClassVar[str] = "Lin et al. 2025, arXiv:2503.02130"
+    MEMORY: ClassVar[str] = "keys, values and gates [positions, kv_heads, 2 head_dim]"
