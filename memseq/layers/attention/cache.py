@@ -70,7 +70,8 @@ def store(
     """Puts a call's last segment into the cache; earlier segments will never be read again.
 
     key, value [batch, time, heads, dim]; log_forget [batch, time, gates]; position, valid, index
-    [batch, time], with `index` 0 for the segment that the cache holds. With a window the slots are a ring behind the sink tokens.
+    [batch, time], with `index` 0 for the segment that the cache holds. With a window the slots are
+    a ring behind the sink tokens.
     """
     rows = jnp.arange(position.shape[0])[:, None]
     slots = state.position.shape[1]
