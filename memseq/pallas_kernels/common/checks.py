@@ -6,6 +6,7 @@ Every message names the argument, what came and what was expected.
 import difflib
 import numbers
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +53,28 @@ def check_heads(key_heads: int, value_heads: int, name: str = "value") -> None:
             f"{name}: the number of its heads must be a multiple of the key's {key_heads}, "
             f"got {value_heads}"
         )
+
+
+class PairSizes(NamedTuple):
+    """Sizes of a query, and of the keys and values of a matrix memory."""
+
+    batch: int
+    time: int
+    key_heads: int
+    key_dim: int
+    heads: int
+    value_dim: int
+
+
+def check_pairs(query: jax.Array, key: jax.Array, value: jax.Array) -> PairSizes:
+    """query, key [batch, time, key_heads, key_dim] and value [batch, time, heads, value_dim]."""
+    check_array("query", query, (None,) * 4, "[batch, time, key_heads, key_dim]")
+    batch, time, key_heads, key_dim = query.shape
+    check_array("key", key, query.shape, "query's [batch, time, key_heads, key_dim]")
+    check_array("value", value, (batch, time, None, None), "[batch, time, heads, value_dim]")
+    heads, value_dim = value.shape[2:]
+    check_heads(key_heads, heads)
+    return PairSizes(batch, time, key_heads, key_dim, heads, value_dim)
 
 
 def check_chunk_size(chunk_size: int | None) -> None:

@@ -84,6 +84,12 @@ def splits_time(time: tuple[str, ...], silent: Callable, *, matrix: bool) -> Cal
     return decorate
 
 
+def nothing_written(arguments: dict, size: int) -> dict:
+    """`Split.silent` of a delta rule: values of zero, `size` of them a head."""
+    value = arguments["value"]
+    return arguments | {"value": jnp.zeros((*value.shape[:3], size), value.dtype)}
+
+
 def _across(operation, split: Split, name: str, arguments: dict) -> tuple[Any, Any]:
     ids = arguments.get("segment_ids")
     before = arguments.pop("initial_state", None)

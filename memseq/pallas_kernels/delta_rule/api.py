@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from memseq.pallas_kernels.common import checks
-from memseq.pallas_kernels.common.context import splits_time
+from memseq.pallas_kernels.common.context import nothing_written, splits_time
 from memseq.pallas_kernels.common.dispatch import Forms, run
 from memseq.pallas_kernels.common.segments import hide_padding, segments
 from memseq.pallas_kernels.delta_rule.chunked import chunked
@@ -21,12 +21,9 @@ FORMS = Forms(
 )
 
 
-def _silent(arguments, size):
-    value = arguments["value"]
-    return arguments | {"value": jnp.zeros((*value.shape[:3], size), value.dtype)}
-
-
-@splits_time(("query", "key", "value", "beta", "log_decay", "erase_key"), _silent, matrix=True)
+@splits_time(
+    ("query", "key", "value", "beta", "log_decay", "erase_key"), nothing_written, matrix=True
+)
 def delta_rule(
     query: jax.Array,
     key: jax.Array,
@@ -79,12 +76,7 @@ def delta_rule(
     Raises:
         ValueError: for shapes, dtypes or options that do not fit, at trace time.
     """
-    checks.check_array("query", query, (None,) * 4, "[batch, time, key_heads, key_dim]")
-    batch, time, key_heads, key_dim = query.shape
-    checks.check_array("key", key, query.shape, "query's [batch, time, key_heads, key_dim]")
-    checks.check_array("value", value, (batch, time, None, None), "[batch, time, heads, value_dim]")
-    heads, value_dim = value.shape[2:]
-    checks.check_heads(key_heads, heads)
+    batch, time, key_heads, key_dim, heads, value_dim = checks.check_pairs(query, key, value)
     checks.check_array("beta", beta, (batch, time, heads), "[batch, time, heads]")
     checks.check_choice("erase", erase, ("decayed", "undecayed"))
     if erase_key is not None:

@@ -75,12 +75,7 @@ def linear_attention(
     Raises:
         ValueError: for shapes, dtypes or options that do not fit, at trace time.
     """
-    checks.check_array("query", query, (None,) * 4, "[batch, time, key_heads, key_dim]")
-    batch, time, key_heads, key_dim = query.shape
-    checks.check_array("key", key, query.shape, "query's [batch, time, key_heads, key_dim]")
-    checks.check_array("value", value, (batch, time, None, None), "[batch, time, heads, value_dim]")
-    heads, value_dim = value.shape[2:]
-    checks.check_heads(key_heads, heads)
+    batch, time, key_heads, key_dim, heads, value_dim = checks.check_pairs(query, key, value)
     dtype = checks.state_dtype(query, key, value, log_decay, value_log_decay, bonus, initial_state)
     log_decay = checks.check_log_decay(log_decay, batch, time, heads, key_dim, dtype)
     if value_log_decay is not None:

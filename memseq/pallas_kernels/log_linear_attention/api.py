@@ -88,12 +88,7 @@ def log_linear_attention(
     Raises:
         ValueError: for shapes, dtypes or options that do not fit, at trace time.
     """
-    checks.check_array("query", query, (None,) * 4, "[batch, time, key_heads, key_dim]")
-    batch, time, key_heads, key_dim = query.shape
-    checks.check_array("key", key, query.shape, "query's [batch, time, key_heads, key_dim]")
-    checks.check_array("value", value, (batch, time, None, None), "[batch, time, heads, value_dim]")
-    heads, value_dim = value.shape[2:]
-    checks.check_heads(key_heads, heads)
+    batch, time, key_heads, key_dim, heads, value_dim = checks.check_pairs(query, key, value)
     checks.check_array(
         "level_scale", level_scale, (batch, time, heads, None), "[batch, time, heads, levels]"
     )
