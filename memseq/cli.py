@@ -10,7 +10,8 @@ the parsed options and returns the exit status. What each finds in `args`:
     tasks     action ("list" or "show"); for "show" also name, variant, seed
     layers    features, context
     kernels   action (None, "compile" or "bench"); for "compile" also operation, target, shape,
-              dtype, json; for "bench" operation, batch, time, heads, dim, chunk_size, repeats
+              dtype, json; for "bench" operation, batch, time, heads, dim, decay, chunk_size,
+              repeats
 
 `overrides` lists the arguments `--config.KEY=VALUE` as they were typed, in their order.
 A `ValueError` or an `OSError` of a handler is the user's to mend: it becomes one line on standard
@@ -298,6 +299,9 @@ Prints to standard output. Writes no files.""",
     bench.option("--time", count, 4096, "positions of a sequence")
     bench.option("--heads", count, 4, "heads")
     bench.option("--dim", count, 64, "size of a head's keys and values")
+    bench.option(
+        "--decay", str, "step", "of linear_attention and delta_rule: none, step or channel", "KIND"
+    )
     bench.option("--chunk-size", count, 64, "positions that the chunked form takes at once")
     bench.option("--repeats", count, 5, "timed calls, of which the median counts")
     return parsers

@@ -63,8 +63,10 @@ MATMUL = 2048  # rows and columns of the product that the floor is measured with
 PASS = 2**25  # numbers that the pass reads, and writes to a new array, as operations do
 TARGETS = """\
 Wanted of the chunked forms on a CPU at the default sizes: linear_attention within 5x of the floor,
-delta_rule within 6x, each at least 4x faster than its reference; neural_memory within 3x with one
-head of 128; linear_scan within 4x at time 16384 with 4 heads of 64."""
+delta_rule within 6x, each at least 4x faster than its reference; with --decay=channel within 10x
+and 15x, diagonal_plus_low_rank within 15x; neural_memory within 3x with one head of 128;
+linear_scan within 4x at time 16384 with 4 heads of 64."""
+DECAYS = {"none": None, "step": "step", "channel": "channel"}  # of linear attention and delta rule
 KERNELS = {"tpu": "mosaic_tpu", "gpu": "mosaic_gpu"}
 
 
@@ -89,14 +91,16 @@ OPERATIONS = {
         LINEAR_ATTENTION,
         linear_attention_shapes,
         lambda a: linear_attention_shapes.Shape(
-            a.batch, a.time, a.heads, a.heads, a.dim, a.dim, "step"
+            a.batch, a.time, a.heads, a.heads, a.dim, a.dim, DECAYS[a.decay]
         ),
     ),
     "delta_rule": Operation(
         delta_rule,
         DELTA_RULE,
         delta_rule_shapes,
-        lambda a: delta_rule_shapes.Shape(a.batch, a.time, a.heads, a.heads, a.dim, a.dim, "step"),
+        lambda a: delta_rule_shapes.Shape(
+            a.batch, a.time, a.heads, a.heads, a.dim, a.dim, DECAYS[a.decay]
+        ),
     ),
     "diagonal_plus_low_rank": Operation(
         diagonal_plus_low_rank,
@@ -198,6 +202,7 @@ def bench(args: argparse.Namespace) -> None:
         ValueError: for an operation that does not exist.
     """
     check_choice("operation", args.operation, ["all", *OPERATIONS])
+    check_choice("decay", args.decay, DECAYS)
     chosen = OPERATIONS if args.operation == "all" else {args.operation: OPERATIONS[args.operation]}
     print(_machine())
     programs = {
@@ -306,7 +311,7 @@ def _times(chosen, programs, rate, bandwidth, args) -> str:
         rows.append((name, form, *numbers))
     title = (
         f"float32, batch {args.batch}, time {args.time}, {args.heads} heads of {args.dim}, chunks "
-        f"of {args.chunk_size}; medians of {args.repeats}.\n"
+        f"of {args.chunk_size}, decay {args.decay}; medians of {args.repeats}.\n"
         "Ratios are of forward with backward; the floor is three times the forward products, or,\n"
         "for elementwise operations, what must be read and written, at the speeds above."
     )

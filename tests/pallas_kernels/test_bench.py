@@ -15,7 +15,7 @@ from memseq.pallas_kernels.common.triangular import unit_lower_inverse
 def arguments(**changes):
     defaults = {
         "action": "bench", "operation": "all", "batch": 1, "time": 32, "heads": 2, "dim": 4,
-        "chunk_size": 8, "repeats": 2,
+        "decay": "step", "chunk_size": 8, "repeats": 2,
     }  # fmt: skip
     return argparse.Namespace(**defaults | changes)
 
@@ -46,6 +46,15 @@ def test_bench(chosen, capsys, monkeypatch):
             assert (line is not None) == (chosen in (name, "all")), (name, form)
         growth = re.findall(rf"^{name} +(\d+) +[\d.]+ +[\d.]+ +[\d.]+$", out, re.MULTILINE)
         assert growth == (["32", "64"] if chosen in (name, "all") else [])
+
+
+@pytest.mark.parametrize("name", ["linear_attention", "delta_rule"])
+def test_the_decay_asked_for_is_timed(name):
+    shape = bench.OPERATIONS[name].shape
+    decays = [shape(arguments(decay=kind)).decay for kind in ("none", "step", "channel")]
+    assert decays == [None, "step", "channel"]
+    with pytest.raises(ValueError, match="^decay: .* 'head'"):
+        bench.main(arguments(operation=name, decay="head"))
 
 
 def test_bench_of_an_unknown_operation():
