@@ -41,7 +41,7 @@ HANDLERS = {
 # Import names of what memseq[experiments] asks for: one of these missing is no defect.
 EXPERIMENTS = frozenset(
     ("absl", "array_record", "etils", "grain", "matplotlib", "ml_collections", "optax", "orbax")
-    + ("rich", "tensorboardX", "tensorflow_datasets")
+    + ("rich", "sklearn", "tensorboardX", "tensorflow_datasets")
 )
 
 

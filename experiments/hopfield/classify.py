@@ -20,7 +20,7 @@ def load_data(config) -> tuple[list, list]:
     """(x, mask, label) to train on and to test on; no image is in both."""
     options, share = config.options.to_dict(), config.train_share
     if config.task == "digits":
-        from sklearn.datasets import load_digits  # pip install scikit-learn
+        from sklearn.datasets import load_digits
 
         found = load_digits()
         cut, bags = int(len(found.target) * share), options.pop("bags")

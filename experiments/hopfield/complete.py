@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from sklearn.datasets import load_digits  # pip install scikit-learn
+from sklearn.datasets import load_digits
 
 from memseq import config as configs
 from memseq.layers import EnergyTransformerBlock
