@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from memseq.layers import MLSTM
-from memseq.layers.recurrent.mlstm import normalized, stabilized
+from memseq.layers.recurrent.mlstm import normalized, one_after_another, stabilized
 from memseq.pallas_kernels import linear_attention
 from tests.layers.harness import (
     FEATURES,
@@ -157,6 +157,22 @@ def test_the_stabiliser_is_a_gauge():
     for y, memory in found[1:]:
         np.testing.assert_allclose(y, found[0][0], rtol=0, atol=1e-12)
         np.testing.assert_allclose(memory, found[0][1], rtol=1e-12, atol=1e-12)
+
+
+def test_steps_of_the_stabiliser_are_associative():
+    """Random triples, with and without a restart in each place."""
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        for restarts in np.ndindex(2, 2, 2):
+            steps = [
+                (np.where(restart, -np.inf, -rng.uniform(0, 3, 50)), rng.uniform(0, 3, 50))
+                for restart in restarts
+            ]
+            a, b, c = ([jnp.asarray(x) for x in step] for step in steps)
+            left = one_after_another(one_after_another(a, b), c)
+            right = one_after_another(a, one_after_another(b, c))
+            for x, y in zip(left, right, strict=True):
+                np.testing.assert_allclose(x, y, rtol=0, atol=1e-12)
 
 
 def test_with_open_gates_it_is_linear_attention():

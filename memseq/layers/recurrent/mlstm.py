@@ -146,13 +146,9 @@ def stabilized(
         restart = restarts(index)[..., None]
         falls = jnp.where(restart, -jnp.inf, falls)
 
-    def after(first, second):  # m -> max(m + fall, rise), one step after another
-        (fall_1, rise_1), (fall_2, rise_2) = first, second
-        return fall_1 + fall_2, jnp.maximum(rise_1 + fall_2, rise_2)
-
     start = start.astype(falls.dtype)
     steps = jax.lax.stop_gradient((falls, rises))
-    fall, rise = jax.lax.associative_scan(after, steps, axis=1)
+    fall, rise = jax.lax.associative_scan(one_after_another, steps, axis=1)
     start = jax.lax.stop_gradient(start)[:, None]
     level = jnp.maximum(start + fall, rise)
     before = jnp.concatenate([start, level[:, :-1]], axis=1)
@@ -160,6 +156,15 @@ def stabilized(
     if restart is not None:
         log_decay = jnp.where(restart, 0, log_decay)
     return _rounded_down(log_input - level), log_decay, level, level[:, -1]
+
+
+def one_after_another(first: tuple, second: tuple) -> tuple[jax.Array, jax.Array]:
+    """The map m -> max(m + fall, rise) of two steps from those of each, as (fall, rise).
+
+    A fall of -inf forgets what came before.
+    """
+    (fall_1, rise_1), (fall_2, rise_2) = first, second
+    return fall_1 + fall_2, jnp.maximum(rise_1 + fall_2, rise_2)
 
 
 def _rounded_down(x: jax.Array) -> jax.Array:
