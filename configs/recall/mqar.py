@@ -23,6 +23,17 @@ MATRIX = {
     "chunk_size": 16,
 }
 
+# memories that are networks: 16 -> 32 -> 16 a head, trained in chunks of 16
+NETWORK = {
+    "heads": 4,
+    "key_dim": 16,
+    "value_dim": 16,
+    "expansion": 2,
+    "conv_width": 2,
+    "update_chunk": 16,
+    "max_segments": 1,
+}
+
 # Layer of `memseq.layers.REGISTRY` -> title and options of its constructor.
 LAYERS = {
     "softmax_attention": (
@@ -37,6 +48,8 @@ LAYERS = {
         "Mamba-2",
         {"heads": 4, "expand": 1, "state_dim": 16, "conv_width": 2, "chunk_size": 16},
     ),
+    "titans_lmm": ("Titans LMM", NETWORK),
+    "yaad": ("Yaad", NETWORK),
 }
 
 MEMORIES = {
