@@ -24,6 +24,7 @@ class Moneta(NeuralMemory):
     use_momentum: bool = False
     loss: str = "lp"
     power: float = 3.0
+    initial_step: float = 0.01  # large errors weigh more: at 0.1 training goes to NaN at once
     retention: str = "lq"
     retention_amount: float | None = 4.0
 
