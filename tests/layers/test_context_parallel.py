@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memseq.layers import REGISTRY, GatedDeltaNet, context_parallel
+from memseq.layers import REGISTRY, GatedDeltaNet, LinearAttention, context_parallel
 from memseq.pallas_kernels import (
     attention,
     causal_conv,
@@ -31,8 +31,8 @@ ALONE = set(
     """.split()
 )
 SPLIT = [name for name in REGISTRY if name not in ALONE]
-# by default one of each way that a layer has of looking back
-SAMPLE = ("gated_delta_net", "mamba", "rwkv7")
+# by default one, of a matrix memory and a convolution; operations have tests of their own
+SAMPLE = ("gated_delta_net",)
 
 
 def mesh(devices):
@@ -110,11 +110,13 @@ def test_layers(name):
 def test_without_ids():
     """The padding to whole stretches is nobody's segment: the state's id stays."""
     layer = GatedDeltaNet(32, heads=2)
-    check_layer(layer, TIME, None, 4)
-    x = jnp.ones((2, TIME, 32))
-    params = layer.init(jax.random.key(0), x)
+    x = jax.random.normal(jax.random.key(1), (2, TIME, 32))
+    params = layer.init(jax.random.key(0), x[:, :1])
+    want, want_state = jax.jit(layer.apply)(params, x)
     with jax.set_mesh(mesh(4)):
-        _, state = jax.jit(context_parallel(layer))(params, x)
+        y, state = jax.jit(context_parallel(layer))(params, x)
+    close(y, want)
+    closes(state, want_state)
     np.testing.assert_array_equal(state.segment, [-1, -1])
 
 
@@ -129,8 +131,8 @@ def test_others_say_so(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SPLIT)
 @pytest.mark.parametrize("time", [4096, 4001])
+@pytest.mark.parametrize("name", SPLIT)
 def test_eight_devices(name, time):
     rng = np.random.default_rng(0)
     ids = np.sort(rng.integers(0, 5, (2, time), np.int32))
@@ -255,7 +257,7 @@ def _flat(found):
 
 def test_memory_falls_with_devices():
     """What a device keeps for the backward pass: its own stretch, and states."""
-    layer = GatedDeltaNet(32, heads=2)
+    layer = LinearAttention(32, heads=2)
     x = jax.ShapeDtypeStruct((1, 2048, 32), jnp.float32)
     params = jax.eval_shape(layer.init, jax.random.key(0), x)
 
@@ -304,15 +306,12 @@ def test_states_cross_the_mesh_not_time():
     ],
 )
 def test_what_cannot_be_split(what, message):
-    x = jnp.ones((1, 8, 16))
+    x = jax.ShapeDtypeStruct((1, 8, 16), jnp.float32)
     with jax.set_mesh(mesh(2)), pytest.raises(ValueError, match=message):
         call = context_parallel(what)
-        call(what.init(jax.random.key(0), x), x)
+        jax.eval_shape(call, jax.eval_shape(what.init, jax.random.key(0), x), x)
 
 
 def test_the_mesh_must_have_the_axis():
-    layer = GatedDeltaNet(16)
-    x = jnp.ones((1, 8, 16))
-    params = layer.init(jax.random.key(0), x)
     with jax.set_mesh(mesh(2)), pytest.raises(ValueError, match="axis: .* got 'time'"):
-        context_parallel(layer, "time")(params, x)
+        context_parallel(linear_scan, "time")(jnp.ones((1, 8, 16)), -jnp.ones(16))

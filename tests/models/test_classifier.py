@@ -123,7 +123,7 @@ def test_real_inputs():
         ({"pool": "max"}, ((2, 4), jnp.int32), "pool: expected one of 'mean', 'last', got 'max'"),
         ({}, ((2, 4, 1), jnp.int32), r"inputs: .* \[batch, time\], got .* \[2, 4, 1\]"),
         ({}, ((2, 4), jnp.float32), r"inputs: expected \[batch, time, channels\], got"),
-        ({"pattern": ("mamba3",)}, ((2, 4), jnp.int32), "pattern: .* did you mean 'mamba2'"),
+        ({"pattern": ("mamab2",)}, ((2, 4), jnp.int32), "pattern: .* did you mean 'mamba2'"),
         ({"pattern": "mamba2"}, ((2, 4), jnp.int32), "pattern: .* got 'mamba2'"),
     ],
 )

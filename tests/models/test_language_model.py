@@ -186,9 +186,10 @@ class Echo(LinearAttention):
     SHARES = True
 
     def mix(self, inputs, state, segment_ids, shared):
+        mixed, *gates = inputs
         heard = shared.setdefault("echo", [])
-        out, state = super().mix(inputs + sum(heard), state, segment_ids)
-        heard.append(inputs * (self.layer_index + 1) / self.num_layers)
+        out, state = super().mix((mixed + sum(heard), *gates), state, segment_ids)
+        heard.append(mixed * (self.layer_index + 1) / self.num_layers)
         return out, state
 
 

@@ -42,8 +42,8 @@ class Preconditioned:
 
     A_MIN: ClassVar[float] = 0.0
 
-    def setup(self):
-        super().setup()
+    def setup_curvature(self):
+        """What `setup` of a layer adds: Linen sees a setup in modules alone, not in a mixin."""
         if not 1 <= self.bound <= 2:
             raise ValueError(f"bound: expected a factor in [1, 2], got {self.bound}")
         self.curvature_decay = self.dense(self.heads)
@@ -110,6 +110,10 @@ class PreconditionedGatedDeltaNet(Preconditioned, GatedDeltaNet):
     MEMORY: ClassVar[str] = "matrix [value_heads, key_dim, value_dim] and curvature"
     STATE: ClassVar[type] = PreconditionedGatedDeltaNetState
 
+    def setup(self):
+        super().setup()
+        self.setup_curvature()
+
 
 @state_dataclass
 class PreconditionedKimiDeltaAttentionState(PreconditionedState):
@@ -129,3 +133,7 @@ class PreconditionedKimiDeltaAttention(Preconditioned, KimiDeltaAttention):
     MEMORY: ClassVar[str] = "matrix [value_heads, key_dim, value_dim] and curvature"
     STATE: ClassVar[type] = PreconditionedKimiDeltaAttentionState
     A_MIN: ClassVar[float] = 1.0
+
+    def setup(self):
+        super().setup()
+        self.setup_curvature()
