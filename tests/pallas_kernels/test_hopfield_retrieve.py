@@ -145,7 +145,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW_CASES = ("sink, mask of queries", "tanh, budget", "no values, tiles")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW_CASES else []) for n in CASES]
+)
 def test_forms_agree(name):
     inputs, options, rng = CASES[name]
     check_agreement(hopfield_retrieve, oracle, inputs, options, rng)

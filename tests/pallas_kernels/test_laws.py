@@ -365,7 +365,13 @@ def test_packed_equals_separate(operation):
     assert_close(row(gradients["initial_state"]), row(separate[1]["initial_state"]), 1e-4)
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+# a program of the neural memory takes ten seconds to compile: its layers' laws run instead
+QUICK = [
+    pytest.param(n, marks=pytest.mark.slow if n == "neural_memory" else []) for n in OPERATIONS
+]
+
+
+@pytest.mark.parametrize("name", QUICK)
 def test_any_split_equals_one_call(name):
     """Split inside a chunk and inside a segment, values and gradients."""
 
@@ -409,7 +415,7 @@ def test_chunk_size_changes_nothing(name):
     assert_close(found[1], whole[1], 1e-4)
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", QUICK)
 def test_transforms(name):
     """vmap, forward mode, second derivatives, and a mesh of two devices, in float64."""
     mesh = jax.make_mesh((2,), ("rows",), (AxisType.Auto,), devices=jax.devices()[:2])
@@ -479,7 +485,7 @@ def inner(a, b):
     return sum((np.asarray(x) * y).sum() for x, y in pairs)
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", QUICK)
 def test_memory_is_linear_in_time_and_the_program_does_not_grow(name):
     function, build, options = OPERATIONS[name]
     inputs = build(np.random.default_rng(0))
