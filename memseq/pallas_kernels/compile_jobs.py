@@ -25,7 +25,7 @@ from memseq.pallas_kernels import aot, static_report
 from memseq.pallas_kernels.bench import OPERATIONS, Operation
 
 GATES = ("log_decay", "value_log_decay", "beta", "dt", "A", "D", "step", "log_keep")  # float32
-LAB = argparse.Namespace(batch=1, time=2048, heads=16, dim=128)
+LAB = argparse.Namespace(decay="step", batch=1, time=2048, heads=16, dim=128)
 CHUNK = 64  # of the products that are counted; kernels choose their own
 
 
