@@ -4,9 +4,12 @@ Most of a test's time is compilation of a program that runs once, so XLA's CPU b
 optimise. XLA_FLAGS and JAX_PLATFORMS from outside are left as they are.
 """
 
+import gc
 import os
+from pathlib import Path
 
 import hypothesis
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
@@ -18,3 +21,23 @@ os.environ.setdefault("MPLBACKEND", "agg")
 # The same examples in every run, and no limit on the time of one: the first of each shape compiles.
 hypothesis.settings.register_profile("memseq", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("memseq")
+
+MAPPINGS = Path("/proc/self/maps")
+finished: list[str] = []
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """Drops compiled programs before the kernel runs out of mappings for them.
+
+    Each program has a few, a process may have 65,530, and thousands of tests compile more: LLVM
+    then aborts. Where there is no such file there is no such limit.
+    """
+    finished.append(item.nodeid)
+    if len(finished) % 16 or not MAPPINGS.exists():
+        return
+    if MAPPINGS.read_bytes().count(b"\n") > 20_000:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
