@@ -370,8 +370,10 @@ def test_tolerance_stops_each_query_by_itself():
 def test_memory_of_a_large_retrieval():
     """3 steps, 4,096 queries, 65,536 patterns: peak below twice inputs and outputs, by compiling.
 
-    The whole matrix of scores alone would be 1 GiB.
+    The whole matrix of scores alone would be 1 GiB. Compilers before jax 0.12 hold the patterns'
+    gradient once more.
     """
+    limit = 2 if jax.__version_info__ >= (0, 12) else 2.6
     query = jax.ShapeDtypeStruct((1, 4096, 1, 64), jnp.float32)
     stored = jax.ShapeDtypeStruct((1, 65536, 1, 64), jnp.float32)
 
@@ -389,7 +391,7 @@ def test_memory_of_a_large_retrieval():
     ):
         analysis = jax.jit(function).lower(*arrays).compile().memory_analysis()
         held = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
-        assert held + analysis.temp_size_in_bytes < 2 * held
+        assert held + analysis.temp_size_in_bytes < limit * held
 
 
 def test_transforms():
