@@ -250,6 +250,16 @@ def test_operations(name):
     closes(got, want, 1e-9)
 
 
+def test_arrays_may_be_numpy():
+    """As in the operation itself: what an array is, its name says."""
+    arguments = example("causal_conv", np.random.default_rng(0))
+    arguments = {name: np.float32(x) for name, x in arguments.items()}
+    want, _ = causal_conv(**arguments, activation="silu")
+    with jax.set_mesh(mesh(4)):
+        got, _ = context_parallel(causal_conv)(**arguments, activation="silu")
+    close(got, want)
+
+
 def _flat(found):
     out, state = found
     return out.reshape(*out.shape[:2], -1), state

@@ -79,11 +79,12 @@ def _operation(operation: Callable, split: context.Split, axis: str) -> Callable
 
     def call(*args, **kwargs):
         given = signature.bind(*args, **kwargs).arguments
-        static = {k: v for k, v in given.items() if not isinstance(v, jax.Array | tuple)}
-        arrays = {k: v for k, v in given.items() if k not in static}
+        names = {*split.time, *split.whole}
+        arrays = {k: v for k, v in given.items() if k in names and v is not None}
+        static = {k: v for k, v in given.items() if k not in names}
+        arrays = jax.tree.map(jnp.asarray, arrays)
         x = arrays[split.time[0]]
-        if given.get("segment_ids") is None:
-            static.pop("segment_ids", None)
+        if "segment_ids" not in arrays:
             arrays["segment_ids"] = jnp.zeros(x.shape[:2], jnp.int32)
 
         def local(arrays):

@@ -32,7 +32,7 @@ def _silent(arguments, size):
     }
 
 
-@splits_time(("x",), _silent, matrix=True)
+@splits_time(("x",), _silent, matrix=True, whole=("kernel", "bias"))
 def causal_conv(
     x: jax.Array,
     kernel: jax.Array,

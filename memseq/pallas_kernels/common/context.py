@@ -49,6 +49,7 @@ class Split:
 
     Attributes:
         time: names of its arguments with time as their second axis.
+        whole: names of its other arrays, which have no time.
         silent: (arguments, n) -> the arguments with nothing written, for a state of n columns if
             `matrix`.
         matrix: a stretch multiplies the state [..., n, columns] from the left by a matrix; else it
@@ -56,16 +57,19 @@ class Split:
     """
 
     time: tuple[str, ...]
+    whole: tuple[str, ...]
     silent: Callable[[dict[str, Any], int], dict[str, Any]]
     matrix: bool
 
 
-def splits_time(time: tuple[str, ...], silent: Callable, *, matrix: bool) -> Callable:
+def splits_time(
+    time: tuple[str, ...], silent: Callable, *, matrix: bool, whole: tuple[str, ...] = ()
+) -> Callable:
     """Decorator of an operation `(..., initial_state, segment_ids) -> (out, state)`: see `Split`.
 
-    time: beside segment_ids, which every operation has.
+    time, whole: beside segment_ids and initial_state, which every operation has.
     """
-    split = Split((*time, "segment_ids"), silent, matrix)
+    split = Split((*time, "segment_ids"), (*whole, "initial_state"), silent, matrix)
 
     def decorate(operation):
         signature = inspect.signature(operation)
@@ -109,16 +113,14 @@ def _across(operation, split: Split, name: str, arguments: dict) -> tuple[Any, A
     stretches = jax.lax.all_gather((added, moved, _ends(ids)), name)
     rank = jax.lax.axis_index(name)
     state = own = before
-    last = seen = None
+    seen = last = None if ids is None else jnp.zeros(ids.shape[0], jnp.int32)
     for i in range(jax.lax.axis_size(name)):
         added, moved, ends = jax.tree.map(lambda x, i=i: x[i], stretches)
         if ends is not None:
             first, end, some = ends
-            if i:
-                goes_on = ~some | ~seen | (first == last)
-                state = jax.tree.map(lambda x, keep=goes_on: _rows(keep, x, 0), state)
-            last = end if not i else jnp.where(some, end, last)
-            seen = some if not i else seen | some
+            goes_on = ~some | (seen == 0) | (first == last)
+            state = jax.tree.map(lambda x, keep=goes_on: _rows(keep, x, 0), state)
+            last, seen = jnp.where(some, end, last), seen + some
         own = jax.tree.map(lambda a, b, i=i: jnp.where(rank == i, a, b), state, own)
         state = jax.tree.map(
             lambda m, x, a: (_product(m, x) if split.matrix else m * x) + a, moved, state, added

@@ -25,7 +25,12 @@ def _silent(arguments, _):
     return arguments | {"key": jnp.zeros_like(arguments["key"])}
 
 
-@splits_time(("query", "key", "value", "log_decay", "value_log_decay"), _silent, matrix=False)
+@splits_time(
+    ("query", "key", "value", "log_decay", "value_log_decay"),
+    _silent,
+    matrix=False,
+    whole=("bonus",),
+)
 def linear_attention(
     query: jax.Array,
     key: jax.Array,

@@ -36,7 +36,9 @@ def _silent(arguments, _):
     return arguments | {"beta": jnp.zeros_like(arguments["beta"])}
 
 
-@splits_time(("query", "key", "value", "beta", "log_decay"), _silent, matrix=False)
+@splits_time(
+    ("query", "key", "value", "beta", "log_decay"), _silent, matrix=False, whole=("ridge",)
+)
 def ridge_readout(
     query: jax.Array,
     key: jax.Array,

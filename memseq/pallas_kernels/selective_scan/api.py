@@ -20,7 +20,7 @@ def _silent(arguments, _):
     return arguments | {"x": jnp.zeros_like(arguments["x"])}
 
 
-@splits_time(("x", "dt", "B", "C"), _silent, matrix=False)
+@splits_time(("x", "dt", "B", "C"), _silent, matrix=False, whole=("A", "D"))
 def selective_scan(
     x: jax.Array,
     dt: jax.Array,
