@@ -1,6 +1,7 @@
 """Multi-query associative recall, the short ladder: 4, 8 or 16 pairs in 64 tokens.
 
     memseq recall --config=configs/recall/mqar.py:gated_delta_net --seeds=3
+    memseq recall --config=configs/recall/mqar.py:matrix --seeds=3
 
 Filler between the queries is random, as in zoology, so it can look like a pair. At this size the
 task tells memories with a matrix, which all come close to 1, from those without one; it does not
@@ -8,7 +9,8 @@ tell the matrix memories from each other (`configs/recall/main.py` does).
 
 Time on two cores: about a minute a memory for one seed.
 
-Variants: the name of a memory (that one alone), "smoke" (2 steps).
+Variants: the name of a memory (that one alone), "matrix" (the matrix memories, with a claim for
+each: `experiments/mqar` has what came out), "smoke" (2 steps).
 """
 
 from memseq.config import choose_variant
@@ -41,9 +43,14 @@ LAYERS = {
         {"heads": 4, "head_dim": 16, "conv_width": 2, "output_gate": True},
     ),
     "linear_attention": ("Linear attention", MATRIX),
+    "retention": ("Retention", MATRIX),
     "gated_linear_attention": ("Gated linear attention", MATRIX),
     "delta_net": ("DeltaNet", MATRIX),
     "gated_delta_net": ("Gated DeltaNet", MATRIX),
+    "kimi_delta_attention": ("Kimi Delta Attention", MATRIX),
+    "delta_product": ("DeltaProduct, two steps", MATRIX),
+    "rwkv7": ("RWKV-7", {"heads": 4, "chunk_size": 16}),
+    "mesa_net": ("MesaNet", {**MATRIX, "iterations": 16}),
     "mamba2": (
         "Mamba-2",
         {"heads": 4, "expand": 1, "state_dim": 16, "conv_width": 2, "chunk_size": 16},
@@ -66,7 +73,14 @@ TASKS = {
     },
 }
 
+NOT_MATRIX = ("softmax_attention", "titans_lmm", "yaad")
+MATRICES = tuple(layer for layer in LAYERS if layer not in NOT_MATRIX)
+
 VARIANTS = {layer: {"compare": (layer,)} for layer in LAYERS} | {
+    "matrix": {
+        "compare": MATRICES,
+        "claims": tuple(f"mqar 64x16: {layer} >= 0.85" for layer in MATRICES),
+    },
     "smoke": {
         "compare": ("linear_attention",),
         "model.features": 16,
