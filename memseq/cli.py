@@ -302,7 +302,12 @@ Prints to standard output. Writes no files.""",
     bench.option(
         "--decay", str, "step", "of linear_attention and delta_rule: none, step or channel", "KIND"
     )
-    bench.option("--chunk-size", count, 64, "positions that the chunked form takes at once")
+    bench.option(
+        "--chunk-size",
+        count,
+        None,
+        "positions that the chunked form takes at once (default: 64; scans choose by platform)",
+    )
     bench.option("--repeats", count, 5, "timed calls, of which the median counts")
     return parsers
 

@@ -30,6 +30,7 @@ from memseq.pallas_kernels.causal_conv import FORMS as CAUSAL_CONV
 from memseq.pallas_kernels.causal_conv import causal_conv
 from memseq.pallas_kernels.causal_conv import shapes as causal_conv_shapes
 from memseq.pallas_kernels.common.checks import check_choice
+from memseq.pallas_kernels.common.chunks import CHUNK
 from memseq.pallas_kernels.common.dispatch import Forms
 from memseq.pallas_kernels.delta_rule import FORMS as DELTA_RULE
 from memseq.pallas_kernels.delta_rule import delta_rule
@@ -49,9 +50,15 @@ from memseq.pallas_kernels.linear_scan import shapes as linear_scan_shapes
 from memseq.pallas_kernels.log_linear_attention import FORMS as LOG_LINEAR_ATTENTION
 from memseq.pallas_kernels.log_linear_attention import log_linear_attention
 from memseq.pallas_kernels.log_linear_attention import shapes as log_linear_attention_shapes
+from memseq.pallas_kernels.momentum_delta_rule import FORMS as MOMENTUM_DELTA_RULE
+from memseq.pallas_kernels.momentum_delta_rule import momentum_delta_rule
+from memseq.pallas_kernels.momentum_delta_rule import shapes as momentum_delta_rule_shapes
 from memseq.pallas_kernels.neural_memory import FORMS as NEURAL_MEMORY
 from memseq.pallas_kernels.neural_memory import neural_memory
 from memseq.pallas_kernels.neural_memory import shapes as neural_memory_shapes
+from memseq.pallas_kernels.path_attention import FORMS as PATH_ATTENTION
+from memseq.pallas_kernels.path_attention import path_attention
+from memseq.pallas_kernels.path_attention import shapes as path_attention_shapes
 from memseq.pallas_kernels.ridge_readout import FORMS as RIDGE_READOUT
 from memseq.pallas_kernels.ridge_readout import ridge_readout
 from memseq.pallas_kernels.ridge_readout import shapes as ridge_readout_shapes
@@ -82,7 +89,10 @@ class Operation:
     products: bool = True  # its work is matrix products
 
     def options(self, args: argparse.Namespace) -> dict[str, int]:
-        return {self.chunks: args.chunk_size} if self.chunks else {}
+        """The chunk that was asked for. Left to themselves, scans take time as a CPU likes it."""
+        if self.chunks == "update_chunk":  # a part of the memory's definition: it has no default
+            return {self.chunks: args.chunk_size or CHUNK}
+        return {self.chunks: args.chunk_size} if self.chunks and args.chunk_size else {}
 
 
 OPERATIONS = {
@@ -100,6 +110,14 @@ OPERATIONS = {
         delta_rule_shapes,
         lambda a: delta_rule_shapes.Shape(
             a.batch, a.time, a.heads, a.heads, a.dim, a.dim, DECAYS[a.decay]
+        ),
+    ),
+    "momentum_delta_rule": Operation(
+        momentum_delta_rule,
+        MOMENTUM_DELTA_RULE,
+        momentum_delta_rule_shapes,
+        lambda a: momentum_delta_rule_shapes.Shape(
+            a.batch, a.time, a.heads, a.heads, a.dim, a.dim, "step"
         ),
     ),
     "diagonal_plus_low_rank": Operation(
@@ -161,6 +179,12 @@ OPERATIONS = {
         attention_shapes,
         lambda a: attention_shapes.Shape(a.batch, a.time, a.heads, a.heads, a.dim),
         chunks=None,
+    ),
+    "path_attention": Operation(
+        path_attention,
+        PATH_ATTENTION,
+        path_attention_shapes,
+        lambda a: path_attention_shapes.Shape(a.batch, a.time, a.heads, a.heads, a.dim),
     ),
     "hopfield_retrieve": Operation(
         hopfield_retrieve,
@@ -294,6 +318,7 @@ def _machine() -> str:
 
 
 def _times(chosen, programs, rate, bandwidth, args) -> str:
+    chunk = args.chunk_size or CHUNK
     header = ("operation", "form", "forward ms", "with backward ms", "of the floor", "of reference")
     rows = [header]
     for (name, form), program in programs.items():
@@ -301,7 +326,7 @@ def _times(chosen, programs, rate, bandwidth, args) -> str:
         forward, both = map(statistics.median, (program.forward_times, program.both_times))
         reference = statistics.median(programs[name, "reference"].both_times)
         if operation.products:
-            products = operation.shapes.forward_products(operation.shape(args), args.chunk_size)
+            products = operation.shapes.forward_products(operation.shape(args), chunk)
             floor = 3 * products / rate
         else:
             outputs = jax.eval_shape(program.forward, program.inputs)
@@ -311,7 +336,7 @@ def _times(chosen, programs, rate, bandwidth, args) -> str:
         rows.append((name, form, *numbers))
     title = (
         f"float32, batch {args.batch}, time {args.time}, {args.heads} heads of {args.dim}, chunks "
-        f"of {args.chunk_size}, decay {args.decay}; medians of {args.repeats}.\n"
+        f"of {chunk}, decay {args.decay}; medians of {args.repeats}.\n"
         "Ratios are of forward with backward; the floor is three times the forward products, or,\n"
         "for elementwise operations, what must be read and written, at the speeds above."
     )
