@@ -11,6 +11,7 @@ shortest) and add its line to `REGISTRY`. `memseq tasks show NAME` prints an ann
 from memseq.tasks import base, capacity
 from memseq.tasks.base import SPLITS, Task
 from memseq.tasks.mqar import MQAR
+from memseq.tasks.needle import Needle
 from memseq.tasks.parity import Parity
 from memseq.tasks.rewrite import Rewrite
 from memseq.tasks.words import Words
@@ -18,6 +19,7 @@ from memseq.tasks.words import Words
 REGISTRY: dict[str, type[Task]] = {
     "mqar": MQAR,
     "rewrite": Rewrite,
+    "needle": Needle,
     "parity": Parity,
     "words": Words,
 }

@@ -214,6 +214,7 @@ EXAMPLES = {
     "mqar": {"vocab_size": 12, "cells": [(12, 2, 1)], "noise": "zero"},
     "rewrite": {"vocab_size": 16, "length": 14, "pairs": 2, "updates": [1], "rewrites": [1]},
     "parity": {"length": 8},
+    "needle": {"vocab_size": 16, "filler_tokens": 4, "length": 14, "needles": 2},
 }
 
 
