@@ -433,6 +433,26 @@ def test_titans_beside_attention(name):
     check_transcription(layer.clone(implementation="chunked"), transcription, IDS)
 
 
+@pytest.mark.slow
+def test_mac_ends_its_outer_gradient_after_some_stretches():
+    """("truncate", 2): the second stretch's outputs have one in the first, the third's have not."""
+    options = (("depth", 1), ("outer_grad", ("truncate", 2)))
+    layer = TitansMAC(FEATURES, heads=1, update_chunk=4, memory_options=options)
+    cotangents = np.zeros((2, 1, 12, FEATURES))
+    cotangents[0, :, 4:8] = cotangents[1, :, 8:] = 1
+
+    @jax.jit
+    def pull(params, x):
+        _, pullback = jax.vjp(lambda x: layer.apply({"params": params}, x)[0], x)
+        return jax.vmap(pullback)(cotangents)[0]
+
+    with jax.enable_x64(True):
+        second, third = np.abs(pull(random_params(layer), inputs(time=12, batch=1))).max((1, 3))
+    assert (second[:8] > 1e-6).all() and (third[8:] > 1e-6).all()  # NaN is not above
+    np.testing.assert_array_equal(second[8:], 0)
+    np.testing.assert_array_equal(third[:8], 0)
+
+
 def test_order_of_mal():
     layer = TitansMAL(FEATURES, order="memory")
     with pytest.raises(ValueError, match="order: .*mean 'memory_first'"):

@@ -78,10 +78,12 @@ class NeuralMemory(MatrixLayer):
         use_momentum: with S above; without it W_t = keep_t W_{t-1} - step_t grad.
         update_chunk: steps between the points at which gradients are taken. Part of the model: a
             layer trained at one value computes another function at another.
-        anchor, read, outer_grad, max_segments: as in `memseq.pallas_kernels.neural_memory`. A row
-            with more than max_segments segments in one call gives NaN. The full outer gradient
-            grows without bound with time while learning is not yet contracting (at the start, one
-            head of 16: norm 154 at 512 steps, 2e15 at 2,048), so it ends after 8 chunks.
+        anchor, read, outer_grad: as in `memseq.pallas_kernels.neural_memory`. The full outer
+            gradient grows without bound with time while learning is not yet contracting (at the
+            start, one head of 16: norm 154 at 512 steps, 2e15 at 2,048), so it ends after 8 chunks.
+        max_segments: the most segments of a row in one call, each of which can cost a chunk of
+            work more. A row with more gives NaN, in its output and its state, so raise it where
+            more than 8 documents are packed into a row. None is any number, and slow.
         max_step: the largest step, times 1 / value_dim: step = max_step sigmoid(...) / value_dim.
         initial_step, initial_keep, initial_momentum: of the gates at the start of training;
             initial_step as a share of max_step.

@@ -67,7 +67,8 @@ class TitansMAG(SequenceLayer):
         window: positions that attention sees, the present one included.
         persistent_tokens: learned tokens that attention always sees.
         update_chunk: of the memory, part of the model.
-        max_segments: the most segments of a row in one call; a row with more gives NaN.
+        max_segments: the most segments of a row in one call; a row with more gives NaN, see
+            `NeuralMemory`.
         memory_options: further attributes of `TitansLMM`, by name.
     """
 

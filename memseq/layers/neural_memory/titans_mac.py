@@ -13,6 +13,7 @@ from memseq.pallas_kernels import attention
 from memseq.pallas_kernels.common.segments import Segments, segments
 from memseq.pallas_kernels.neural_memory import MemoryState
 from memseq.pallas_kernels.neural_memory.alignment import align, chunks_needed
+from memseq.pallas_kernels.neural_memory.state import select
 
 
 class Context(NamedTuple):
@@ -63,10 +64,11 @@ class Stretch(nn.Module):
         """carry: (held, context) before the stretch to those after it; now: x and its layout.
 
         x [batch, update_chunk, features]; filled bool [batch, update_chunk]: a token of this call
-        is there; restart bool [batch]: a segment starts. Returns y as x, 0 where not filled.
+        is there; restart bool [batch]: a segment starts; cut bool [batch]: what the memory holds
+        is a constant from here on. Returns y as x, 0 where not filled.
         """
         held, context = carry
-        x, filled, restart = now
+        x, filled, restart, cut = now
         batch, chunk = filled.shape
         memory = self.memory
 
@@ -76,6 +78,7 @@ class Stretch(nn.Module):
             )
 
         held = held._replace(position=jnp.where(restart, -1, held.position))
+        held = select(cut, jax.lax.stop_gradient(held), held)
         read = l2_normalize(split_heads(nn.silu(memory.query(x)), self.heads))
         told = merge_heads(memory.answer(read, held)).astype(x.dtype)
 
@@ -163,7 +166,8 @@ class TitansMAC(TitansMAG):
     and the gate reads it as of its own step, so that nothing leaks; a token and the answer to it
     share a rotary position. `TitansMAL` is the order that public code calls MAC: memory first.
 
-    Attributes as `TitansMAG`; a stretch takes the place of `window`.
+    Attributes as `TitansMAG`; a stretch takes the place of `window`. The memory's `outer_grad`
+    counts stretches as its chunks: by default no gradient goes further back than 8 of them.
     """
 
     STATE: ClassVar[type] = TitansMACState
@@ -223,7 +227,11 @@ class TitansMAC(TitansMAG):
         )
         by_stretch = (batch, count, self.update_chunk)
         x = layout.gather(inputs).reshape(*by_stretch, self.features)
-        now = (x, layout.filled.reshape(by_stretch), layout.restart)
+        # a stretch is one call of the memory, which by itself could not count to n
+        outer_grad, cut = self.make_memory().outer_grad, jnp.zeros_like(layout.full)
+        if isinstance(outer_grad, tuple | list):
+            cut = (layout.number > 0) & (layout.number % outer_grad[1] == 0)
+        now = (x, layout.filled.reshape(by_stretch), layout.restart, cut)
         carry = (state.held, state.context)
         if inputs.dtype == jnp.float64:  # then so are the sums, and what is added to them
             carry = jax.tree.map(
