@@ -106,6 +106,7 @@ def test_16_bit_inputs():
 
 
 def test_a_large_ridge_is_gated_linear_attention():
+    """E14 of the notes on neural memory; E13 and E15 are the two after it."""
     inputs, _, _ = Case(40, "step").build()
     memory = inputs.pop("initial_state").memory
     state = RidgeState(np.zeros((2, 2, 6, 6)), memory)
@@ -120,8 +121,27 @@ def test_a_large_ridge_is_gated_linear_attention():
     assert_close(after, memory, 1e-12)
 
 
+def test_what_it_holds_read_without_solving_is_gated_linear_attention():
+    """E15: no step of conjugate gradients, so the query itself reads S_t, after every t."""
+    inputs, _, _ = Case(10, "step").build()
+    inputs["initial_state"] = RidgeState(np.zeros((2, 2, 6, 6)), inputs["initial_state"].memory)
+    with jax.enable_x64(True):
+
+        def after(last):
+            ids = jnp.broadcast_to(jnp.where(jnp.arange(10) <= last, 0, -1), (2, 10))
+            return ridge_readout(**inputs, segment_ids=ids.astype(jnp.int32))[1].memory
+
+        memory = jax.jit(jax.vmap(after))(jnp.arange(10))
+        weighted = inputs["beta"][..., None] * inputs["value"]
+        arrays = (inputs["query"], inputs["key"], weighted, inputs["log_decay"])
+        start = inputs["initial_state"].memory
+        want, _ = jax.jit(lambda *x: linear_attention(*x, initial_state=start, scale=1.0))(*arrays)
+    read = np.einsum("bthk,tbhkv->bthv", inputs["query"], memory)
+    assert_close(read, want, 1e-12)
+
+
 def test_without_decay_it_is_recursive_least_squares():
-    """W += (P k / (1 + k P k)) (v - W k)^T with P the inverse of ridge and gram: never solved."""
+    """E13: W += (P k / (1 + k P k)) (v - W k)^T with P the inverse of ridge and gram."""
     inputs, _, _ = Case(40, heads=1, key_heads=1, batch=1, dim=4).build()
     del inputs["initial_state"]
     inputs |= {"beta": np.ones((1, 40, 1)), "query": inputs["key"]}
