@@ -10,6 +10,7 @@ from memseq.pallas_kernels.linear_attention import linear_attention
 from memseq.pallas_kernels.linear_scan import linear_scan
 from memseq.pallas_kernels.log_linear_attention import log_linear_attention
 from memseq.pallas_kernels.neural_memory import neural_memory
+from memseq.pallas_kernels.path_attention import path_attention
 from memseq.pallas_kernels.ridge_readout import ridge_readout
 from memseq.pallas_kernels.selective_scan import selective_scan
 
@@ -25,6 +26,7 @@ __all__ = [
     "linear_scan",
     "log_linear_attention",
     "neural_memory",
+    "path_attention",
     "ridge_readout",
     "selective_scan",
     "softmax_n",

@@ -3,8 +3,6 @@
 The scores of a block are taken again in the backward pass, so none outlive their block.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -31,12 +29,10 @@ def chunked(
 ):
     """See `attention`; the arrays are those of `attend`, the first three in their own dtypes."""
     queries = query.shape[1]
-    block = max(min(BLOCK, queries), 1)
     precision = products_precision(query, key, value)
     # wide before the blocks: a key's gradients add up over them before they are rounded
     q, k, v = (x.astype(dtype) for x in (query, key, value))
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
     def attend_block(by_query):
         q, sums, positions, segments = by_query
         return attend(
@@ -46,10 +42,27 @@ def chunked(
             precision=precision,
         )
 
-    def to_blocks(x):
-        x = jnp.pad(x, [(0, 0), (0, -queries % block)] + [(0, 0)] * (x.ndim - 2))
+    block = max(min(BLOCK, queries), 1)
+    blocks = to_blocks((q, query_sums, query_positions, query_segments), block)
+    return join_blocks(by_block(attend_block, blocks), queries).astype(value.dtype)
+
+
+def to_blocks(tree, block):
+    """Arrays [batch, queries, ...] as [blocks, batch, block, ...], queries padded with zeros."""
+
+    def cut(x):
+        x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(x.shape[0], -1, block, *x.shape[2:]), 1, 0)
 
-    by_query = (q, query_sums, query_positions, query_segments)
-    out = jnp.moveaxis(jax.lax.map(attend_block, jax.tree.map(to_blocks, by_query)), 0, 1)
-    return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :queries].astype(value.dtype)
+    return jax.tree.map(cut, tree)
+
+
+def by_block(function, blocks):
+    """`function` of one block after another; none keeps anything for the backward pass."""
+    return jax.lax.map(jax.checkpoint(function, prevent_cse=False), blocks)
+
+
+def join_blocks(out, queries):
+    """The inverse of `to_blocks` for one array."""
+    out = jnp.moveaxis(out, 0, 1)
+    return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :queries]

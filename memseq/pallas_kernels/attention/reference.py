@@ -14,9 +14,24 @@ def reference(query, key, value, *arrays, dtype, **options):
     return attend(q, k, v, *arrays, **options, precision=precision).astype(value.dtype)
 
 
-def attend(
-    query,
-    key,
+def attend(query, key, value, *arrays, scale, precision, **options):
+    """Any number of queries against all keys: float32 or float64, padded keys and values zeroed.
+
+    `arrays` and `options` are those of `weigh`.
+    """
+    logits = scale * products(query, key, precision)
+    return weigh(logits, value, *arrays, **options, precision=precision)
+
+
+def products(query, key, precision):
+    """q_i . k_j [batch, key_heads, group, queries, keys] of query and key [batch, ., ., dim]."""
+    key_heads = key.shape[2]
+    query = query.reshape(*query.shape[:2], key_heads, query.shape[2] // key_heads, -1)
+    return jnp.einsum("bthgd,bshd->bhgts", query, key, precision=precision)
+
+
+def weigh(
+    logits,
     value,
     sinks,
     query_sums,
@@ -26,20 +41,19 @@ def attend(
     query_segments,
     key_segments,
     *,
-    scale,
     causal,
     window,
     sink_tokens,
     precision,
 ):
-    """Any number of queries against all keys: float32 or float64, padded keys and values zeroed.
+    """Values weighted by the softmax of logits over the keys that each query sees.
 
-    Sums from `forget_sums`, positions and segments as in `visible`, or None.
+    logits [batch, key_heads, group, queries, keys], the heads of a query being key_heads x group;
+    value [batch, keys, key_heads, value_dim], zero at padding; sums from `forget_sums`, positions
+    and segments as in `visible`, or None. Gives [batch, queries, heads, value_dim].
     """
     dtype = value.dtype
-    batch, queries, heads, _ = query.shape
-    groups = (key.shape[2], heads // key.shape[2])  # key heads, query heads of each
-    query = query.reshape(batch, queries, *groups, -1)
+    batch, *groups, queries, _ = logits.shape
     mask = visible(
         query_positions,
         key_positions,
@@ -50,7 +64,6 @@ def attend(
         sink_tokens=sink_tokens,
     )
 
-    logits = scale * jnp.einsum("bthgd,bshd->bhgts", query, key, precision=precision)
     if query_sums is not None:
         at_query, at_key = (
             jnp.moveaxis(x.reshape(*x.shape[:2], *groups, 2), 1, 3) for x in (query_sums, key_sums)
@@ -73,4 +86,4 @@ def attend(
         total += jnp.exp(sinks - top)
     weights /= jnp.where(total > 0, total, 1)  # 0 only where a query sees nothing
     out = jnp.einsum("bhgts,bshv->bthgv", weights, value, precision=precision)
-    return out.reshape(batch, queries, heads, -1)
+    return out.reshape(batch, queries, groups[0] * groups[1], -1)
