@@ -10,10 +10,13 @@ shortest) and add its line to `REGISTRY`. `memseq tasks show NAME` prints an ann
 
 from memseq.tasks import base, capacity
 from memseq.tasks.base import SPLITS, Task
+from memseq.tasks.delayed_match import DelayedMatch
+from memseq.tasks.induction_heads import InductionHeads
 from memseq.tasks.mqar import MQAR
 from memseq.tasks.needle import Needle
 from memseq.tasks.parity import Parity
 from memseq.tasks.rewrite import Rewrite
+from memseq.tasks.selective_copying import SelectiveCopying
 from memseq.tasks.words import Words
 
 REGISTRY: dict[str, type[Task]] = {
@@ -22,6 +25,9 @@ REGISTRY: dict[str, type[Task]] = {
     "needle": Needle,
     "parity": Parity,
     "words": Words,
+    "delayed_match": DelayedMatch,
+    "selective_copying": SelectiveCopying,
+    "induction_heads": InductionHeads,
 }
 
 # Closed-form probes of a memory rule: no training and no examples, rows of numbers from

@@ -13,6 +13,16 @@ LABELS = ("every", "last")
 ROLES = ("padding", "bit")
 
 
+def ones_within(bits: jax.Array, window) -> jax.Array:
+    """int32 [T]: ones among the last `window` bits, or all so far where there are fewer.
+
+    bits int32 [T]; window may be traced.
+    """
+    total = jnp.cumsum(bits)
+    out = jnp.arange(bits.size) - window  # the last one that does not count any more
+    return total - jnp.where(out >= 0, total[jnp.maximum(out, 0)], 0)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parity(base.Task):
     """Whether the number of ones so far is odd, at lengths beyond those of training.
@@ -29,6 +39,11 @@ class Parity(base.Task):
     2024, "Unlocking State-Tracking in Linear RNNs", arXiv 2411.12537; the setting of the `paper`
     variant is theirs).
 
+    With a `window` of N bits the answer is the parity of the last N only: N-parity of
+    Khajehabdollahi et al. 2024, "Emergent mechanisms for long timescales depend on training
+    curriculum and affect performance in memory tasks". A bit has to be forgotten again, exactly,
+    after N steps.
+
     Chance is 1/2, as the parity is still a fair coin when any one bit so far is not known. (A
     reader of only the last w bits is right at the first w positions and for half of the others.)
 
@@ -40,6 +55,8 @@ class Parity(base.Task):
             `min_length` to `length`.
         min_length: fewest bits; `None` means `length`.
         label: "every" position that has a bit, or the "last" one only.
+        window: N, at most `min_length`, and positions before the N-th bit are not scored; `None`
+            means all bits so far.
         bands: last positions (from 1) of the bands by which accuracy is split, ascending.
 
     Scores add `scaled_accuracy`, (accuracy - chance) / (1 - chance), and
@@ -50,11 +67,12 @@ class Parity(base.Task):
     length: int = 16
     min_length: int | None = None
     label: str = "every"
+    window: int | None = None
     bands: tuple[int, ...] = (16, 32, 64)
 
     SUMMARY: ClassVar[str] = "is the number of ones so far odd? Trained short, tested long"
     ROLES: ClassVar[tuple[str, ...]] = ROLES
-    META: ClassVar[dict[str, str]] = {"ones": "ones so far"}
+    META: ClassVar[dict[str, str]] = {"ones": "ones among the bits that count"}
     VARIANTS: ClassVar[dict] = {
         "tiny": {"test": {"length": 64}},
         "paper": {
@@ -65,6 +83,7 @@ class Parity(base.Task):
             "bands": (40, 80, 160, 256),
             "test": {"length": 256, "min_length": 40},
         },
+        "window": {"length": 32, "window": 4, "test": {"length": 64}},
     }
 
     def __post_init__(self):
@@ -77,6 +96,8 @@ class Parity(base.Task):
             raise ValueError(
                 f"min_length: expected at most the length, {self.length}, got {self.fewest}"
             )
+        if self.window is not None and base.check_integer("window", self.window, 1) > self.fewest:
+            raise ValueError(f"window: expected at most {self.fewest} bits, got {self.window}")
         object.__setattr__(self, "bands", check_bands(self.bands))
         super().__post_init__()
 
@@ -95,7 +116,8 @@ class Parity(base.Task):
     def details(self) -> str:
         bits = f"{self.fewest} to {self.length}" if self.fewest < self.length else f"{self.length}"
         where = "every position" if self.label == "every" else "the last position"
-        return f"{bits} bits, scored at {where}"
+        last = "" if self.window is None else f" for the last {self.window}"
+        return f"{bits} bits, scored at {where}{last}"
 
     def example(self, key: jax.Array) -> base.Example:
         bit_key, count_key = jax.random.split(key)
@@ -103,8 +125,10 @@ class Parity(base.Task):
         bits = jax.random.bernoulli(bit_key, 0.5, (self.length,)).astype(jnp.int32)
         count = jax.random.randint(count_key, (), self.fewest, self.length + 1)
         inside = time < count
-        ones = jnp.cumsum(bits)
-        mask = inside if self.label == "every" else time == count - 1
+        window = self.length if self.window is None else self.window
+        ones = ones_within(bits, window)
+        full = time >= (0 if self.window is None else window - 1)
+        mask = inside & full if self.label == "every" else time == count - 1
         return {
             "inputs": jnp.where(inside, 1 + bits, 0),
             "targets": jnp.where(mask, 1 + ones % 2, 0),

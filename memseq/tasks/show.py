@@ -42,7 +42,7 @@ def listing(width: int) -> str:
     for name, probe in tasks.PROBES.items():
         numbers = (f"{probe.CHANCE:.3f}", f"{probe.CEILING:.3f}", "-", "-")
         rows.append((name, *numbers, ", ".join(probe.VARIANTS), probe.SUMMARY))
-    head = ("task", "chance", "ceiling", "length", "vocabulary", "variants", "")
+    head = ("task", "chance", "ceiling", "length", "ids", "variants", "")
     *columns, summaries = zip(head, *rows, strict=True)
     cells = [_align(column, left=number in (0, 5)) for number, column in enumerate(columns)]
     lines = []

@@ -215,6 +215,9 @@ EXAMPLES = {
     "rewrite": {"vocab_size": 16, "length": 14, "pairs": 2, "updates": [1], "rewrites": [1]},
     "parity": {"length": 8},
     "needle": {"vocab_size": 16, "filler_tokens": 4, "length": 14, "needles": 2},
+    "delayed_match": {"length": 10, "window": 4},
+    "selective_copying": {"context": 10, "items": 3},
+    "induction_heads": {"length": 10},
 }
 
 
