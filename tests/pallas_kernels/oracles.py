@@ -105,6 +105,45 @@ def delta_rule(
     return out, states
 
 
+def momentum_delta_rule(
+    query,
+    key,
+    value,
+    beta,
+    step,
+    log_momentum,
+    log_decay=None,
+    *,
+    erase="decayed",
+    scale=None,
+    initial_state=None,
+    segment_ids=None,
+):
+    batch, time, heads, values = value.shape
+    keys = key.shape[-1]
+    group = heads // key.shape[2]
+    scale = 1 / np.sqrt(keys) if scale is None else scale
+    out = np.zeros(value.shape)
+    states = np.zeros((batch, heads, 2 * keys, values))
+    for b, ids in enumerate(_rows(segment_ids, batch)):
+        for h in range(heads):
+            memory, momentum = np.zeros((2, keys, values))
+            if initial_state is not None:
+                memory, momentum = initial_state[b, h, :keys], initial_state[b, h, keys:]
+            for t, restart in _walk(ids, time):
+                if restart:
+                    memory, momentum = np.zeros((2, keys, values))
+                k = key[b, t, h // group]
+                decayed = _decay(log_decay, b, t, h, 1) * memory
+                error = value[b, t, h] - k @ (decayed if erase == "decayed" else memory)
+                momentum = _decay(log_momentum, b, t, h, 1) * momentum
+                momentum = momentum + step[b, t, h] * np.outer(k, error)
+                memory = decayed + beta[b, t, h] * momentum
+                out[b, t, h] = scale * query[b, t, h // group] @ memory
+            states[b, h] = np.concatenate([memory, momentum])
+    return out, states
+
+
 def causal_conv(x, kernel, bias=None, *, activation=None, initial_state=None, segment_ids=None):
     batch, time, channels = x.shape
     width = len(kernel)

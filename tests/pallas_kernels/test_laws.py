@@ -17,6 +17,7 @@ from memseq.pallas_kernels import (
     linear_attention,
     linear_scan,
     log_linear_attention,
+    momentum_delta_rule,
     neural_memory,
     ridge_readout,
     selective_scan,
@@ -58,6 +59,17 @@ def delta_rule_inputs(rng):
     del inputs["bonus"]
     lead = (BATCH, TIME, HEADS)
     return inputs | {"log_decay": hard_decay(rng, lead), "beta": rng.uniform(0, 2, size=lead)}
+
+
+def momentum_delta_rule_inputs(rng):
+    inputs = delta_rule_inputs(rng)
+    lead = (BATCH, TIME, HEADS)
+    return inputs | {
+        "beta": rng.uniform(size=lead),
+        "step": rng.uniform(size=lead),
+        "log_momentum": hard_decay(rng, lead),
+        "initial_state": rng.normal(size=(BATCH, HEADS, 2 * DIM, 3)),
+    }
 
 
 def diagonal_plus_low_rank_inputs(rng):
@@ -172,6 +184,7 @@ def causal_conv_inputs(rng):
 OPERATIONS = {
     "linear_attention": (linear_attention, linear_attention_inputs, {"chunk_size": 8}),
     "delta_rule": (delta_rule, delta_rule_inputs, {"chunk_size": 8}),
+    "momentum_delta_rule": (momentum_delta_rule, momentum_delta_rule_inputs, {"chunk_size": 8}),
     "diagonal_plus_low_rank": (
         diagonal_plus_low_rank,
         diagonal_plus_low_rank_inputs,
@@ -192,6 +205,7 @@ OPERATIONS = {
 MATRIX = (
     "linear_attention",
     "delta_rule",
+    "momentum_delta_rule",
     "diagonal_plus_low_rank",
     "log_linear_attention",
     "ridge_readout",
@@ -365,10 +379,9 @@ def test_packed_equals_separate(operation):
     assert_close(row(gradients["initial_state"]), row(separate[1]["initial_state"]), 1e-4)
 
 
-# a program of the neural memory takes ten seconds to compile: its layers' laws run instead
-QUICK = [
-    pytest.param(n, marks=pytest.mark.slow if n == "neural_memory" else []) for n in OPERATIONS
-]
+# programs that take ten seconds to compile, or come close to the delta rule's
+LATE = ("neural_memory", "momentum_delta_rule")
+QUICK = [pytest.param(n, marks=pytest.mark.slow if n in LATE else []) for n in OPERATIONS]
 
 
 @pytest.mark.parametrize("name", QUICK)

@@ -129,6 +129,7 @@ def check_log_decay(
     heads: int,
     key_dim: int | None,
     dtype: jnp.dtype,
+    name: str = "log_decay",
 ) -> jax.Array | None:
     """The decay in `dtype`, [batch, time, heads] or [batch, time, heads, key_dim], or None.
 
@@ -136,14 +137,14 @@ def check_log_decay(
     """
     if log_decay is None:
         return None
-    check_floating("log_decay", log_decay)
+    check_floating(name, log_decay)
     wanted = {"[heads]": (heads,), "[batch, time, heads]": (batch, time, heads)}
     if key_dim is not None:
         wanted["[batch, time, heads, key_dim]"] = (batch, time, heads, key_dim)
     if log_decay.shape not in wanted.values():
         *first, last = (f"{layout} = {list(shape)}" for layout, shape in wanted.items())
         raise ValueError(
-            f"log_decay: expected {', '.join(first)} or {last}, got shape {list(log_decay.shape)}"
+            f"{name}: expected {', '.join(first)} or {last}, got shape {list(log_decay.shape)}"
         )
     log_decay = log_decay.astype(dtype)
     if log_decay.ndim == 1:
