@@ -93,7 +93,7 @@ def some_state(arrays, position):
 
 
 def check_forms(arrays, before=None, **options):
-    """chunked equals reference in values, the state and all gradients.
+    """chunked equals reference in values, the state and all gradients (E9).
 
     before: position in its chunk of each row's initial state; without it there is none.
     """
@@ -177,6 +177,8 @@ SINGLE = {
         dict(depth=1, bias=True),
         dict(position_scale=1 / np.arange(1, CHUNK + 1), retention=Retention("softmax", 1.0)),
     ),
+    "chunks of one": (dict(), dict(update_chunk=1, before=[0, -1])),
+    "longer chunks": (dict(bias=True), dict(update_chunk=16, before=[13, 2])),
     "affine": (dict(), dict(affine={n: np.full((HEADS, DIM), 0.7) for n in ("scale", "offset")})),
     "rms, relu": (dict(depth=4), dict(memory=Memory("relu", False, "rms"))),
     "window across packed segments": (dict(window=4), dict(segment_ids=IDS, before=[2, 1])),
