@@ -74,7 +74,7 @@ from memseq.layers.state_space.hippo_memory import HiPPOMemory
 from memseq.layers.state_space.lru import LRU
 from memseq.layers.state_space.mamba import Mamba, PolarizedMamba
 from memseq.layers.state_space.mamba2 import Mamba2
-from memseq.layers.state_space.mamba3 import Mamba3
+from memseq.layers.state_space.mamba3 import Mamba3, Mamba3MIMO
 from memseq.layers.state_space.s4 import LSSL, S4
 from memseq.layers.state_space.s4d import DSS, S4D, SMR
 from memseq.layers.state_space.s5 import S5, BidirectionalS5
@@ -115,6 +115,7 @@ REGISTRY = {
     "polarized_mamba": PolarizedMamba,
     "mamba2": Mamba2,
     "mamba3": Mamba3,
+    "mamba3_mimo": Mamba3MIMO,
     "bmojo": BMojo,
     "mem_mamba": MemMamba,
     "lru": LRU,
@@ -237,6 +238,7 @@ __all__ = [
     "Mamba",
     "Mamba2",
     "Mamba3",
+    "Mamba3MIMO",
     "MemMamba",
     "Memora",
     "MesaNet",

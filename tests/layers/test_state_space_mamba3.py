@@ -32,18 +32,28 @@ def gates(params, x):
 
 
 def vectors(layer, params, x, name, heads):
-    flat = (x @ params[name]["kernel"]).reshape(len(x), layer.groups, -1)
+    """[time, heads, rank, state_dim]."""
+    flat = (x @ params[name]["kernel"]).reshape(len(x), layer.groups, layer.mimo_rank, -1)
     scale, bias = params[f"{name}_norm"]["scale"], params[f"{name}_bias"]
-    group = [h * layer.groups // heads for h in range(heads)]
-    return np.array([[rms_norm(u[group[h]], scale) + bias[h] for h in range(heads)] for u in flat])
+    bias = bias.reshape(heads, layer.mimo_rank, -1)
+    found = np.empty((len(x), *bias.shape))
+    for t, h, r in np.ndindex(*found.shape[:3]):
+        group = h * layer.groups // heads
+        found[t, h, r] = rms_norm(flat[t, group, r], scale) + bias[h, r]
+    return found
 
 
 def mamba3(layer, params, x):
     """The state of turning pairs is complex and turns itself; key and query stay as they are."""
-    heads = len(params["D"])
+    heads, ranks = len(params["D"]), range(layer.mimo_rank)
     dt, decay, now = gates(params, x)
     key, query = (vectors(layer, params, x, name, heads) for name in ("key", "query"))
-    value = (x @ params["value"]["kernel"]).reshape(len(x), heads, -1)
+    value, gate = (
+        (x @ params[name]["kernel"]).reshape(len(x), heads, 1, -1) for name in ("value", "gate")
+    )
+    ones = np.ones((heads, 1, value.shape[-1]))
+    value = value * params.get("value_scale", ones)
+    gate = silu(gate * params.get("gate_scale", ones)) * params.get("out_scale", ones)
     angle = np.pi * dt[..., None] * np.tanh(x @ params["angle"]["kernel"])[:, None]
     planes = 2 * angle.shape[-1]
     memory, total, y = None, np.zeros(angle.shape[1:]), []
@@ -57,10 +67,11 @@ def mamba3(layer, params, x):
             turn = np.exp(-1j * angle[t, h])[:, None]
 
             def pair(s, h=h):
-                both = key[s, h, :planes].reshape(-1, 2)
+                both = key[s, h, :, :planes].reshape(len(ranks), -1, 2)
+                turning = both[..., 0] + 1j * both[..., 1]
                 return (
-                    np.outer(both[:, 0] + 1j * both[:, 1], value[s, h]),
-                    np.outer(key[s, h, planes:], value[s, h]),
+                    sum(np.outer(turning[r], value[s, h, r]) for r in ranks),
+                    sum(np.outer(key[s, h, r, planes:], value[s, h, r]) for r in ranks),
                 )
 
             late, early = now[t, h] * dt[t, h], (1 - now[t, h]) * dt[t, h] * a
@@ -68,11 +79,14 @@ def mamba3(layer, params, x):
             before = pair(t - 1) if t else (0, 0)
             complex_[h] = turn * (a * complex_[h] + early * before[0]) + late * turning
             plain[h] = a * plain[h] + early * before[1] + late * fixed
-            both = query[t, h, :planes].reshape(-1, 2)
-            out = ((both[:, 0] - 1j * both[:, 1]) @ complex_[h]).real
-            out = out + query[t, h, planes:] @ plain[h] + params["D"][h] * value[t, h]
+            out = 0
+            for r in ranks:
+                both = query[t, h, r, :planes].reshape(-1, 2)
+                one = ((both[:, 0] - 1j * both[:, 1]) @ complex_[h]).real
+                one = one + query[t, h, r, planes:] @ plain[h] + params["D"][h] * value[t, h, r]
+                out = out + one * gate[t, h, r]
             read.append(out)
-        y.append(np.concatenate(read) * silu(x[t] @ params["gate"]["kernel"]))
+        y.append(np.concatenate(read))
     # the layer holds the state turned forward by all angles so far
     forward = complex_ * np.exp(1j * total)[..., None]
     pairs = np.stack([forward.real, forward.imag], axis=2).reshape(heads, planes, -1)
@@ -83,6 +97,7 @@ def mamba3(layer, params, x):
 CASES = {
     "default": {"state_dim": 8},
     "groups, all turns": {"groups": 2, "heads": 4, "state_dim": 6, "turning": 1.0},
+    "MIMO": {"mimo_rank": 3, "groups": 2, "heads": 4, "state_dim": 6, "chunk_size": 4},
 }
 
 
@@ -105,12 +120,29 @@ def test_this_step_alone_and_no_turn_is_a_decayed_sum():
     _, state, _ = run64(layer, big, x)
     for row, u in enumerate(x):
         dt, decay, _ = gates(params, u)
-        key = vectors(layer, params, u, "key", heads)
+        key = vectors(layer, params, u, "key", heads)[:, :, 0]
         value = (u @ params["value"]["kernel"]).reshape(len(u), heads, -1)
         left = np.append(np.cumprod(decay[::-1], axis=0)[::-1][1:], np.ones((1, heads)), axis=0)
         want = np.einsum("th,thk,thv->hkv", left * dt, key, value)
         np.testing.assert_allclose(state.memory[row], want, rtol=0, atol=1e-9)
     assert np.isfinite(half).all()
+
+
+def test_a_rank_that_neither_writes_nor_reads_changes_nothing():
+    """MIMO of rank 2 whose second rank is switched off is Mamba-3 of rank 1; streaming too."""
+    layer, one = (Mamba3(FEATURES, state_dim=4, mimo_rank=rank) for rank in (2, 1))
+    params, x = random_params(layer), inputs()
+    for name in ("value_scale", "out_scale", "gate_scale"):
+        params[name][:] = [[1.0], [0.0]]
+    alone = {name: value for name, value in params.items() if not name.endswith("_scale")}
+    for name in ("key", "query"):
+        alone[name] = {"kernel": params[name]["kernel"][:, :4]}
+        alone[f"{name}_bias"] = params[f"{name}_bias"][:, :4]
+    want, state, _ = run64(one, alone, x)
+    first, half, _ = run64(layer, params, x[:, :8])
+    rest, last, _ = run64(layer, params, x[:, 8:], half)
+    np.testing.assert_allclose(np.concatenate([first, rest], 1), want, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(last.memory, state.memory, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(("share", "order"), [(0.5, 2), (1.0, 1)])
@@ -161,6 +193,13 @@ def test_defaults():
     assert state.conv.shape == (3, 1, 128 + 64)
     projections = 32 * (64 + 64 + 128 + 128 + 3 + 32) + 64 * 32
     assert count(layer, 32) == projections + 2 * 128 + 2 * 128 + 1 + 1
+    mimo = layer.clone(mimo_rank=4)
+    assert mimo.init_state(3).memory.shape == (3, 1, 128, 64)
+    assert mimo.init_state(3).conv.shape == (3, 1, 4 * 128 + 64)
+    assert count(mimo, 32) == count(layer, 32) + 2 * 3 * 128 * (32 + 1) + 3 * 4 * 64
+    own = init(Mamba3(16, state_dim=4, mimo_rank=4))
+    for name, start in (("value_scale", 0.25), ("gate_scale", 1.0), ("out_scale", 0.25)):
+        np.testing.assert_array_equal(own[name], start)
 
 
 def test_dtypes():
@@ -173,6 +212,7 @@ def test_dtypes():
         ({"turning": 0.0}, "turning: .* got 0.0"),
         ({"turning": 0.5, "state_dim": 2}, "turning: .* got 0.5"),
         ({"heads": 3}, "heads: .* got 3"),
+        ({"mimo_rank": 0}, "mimo_rank: .* got 0"),
         ({"groups": 3}, "groups: .* got groups 3"),
     ],
 )

@@ -5,10 +5,10 @@ from typing import ClassVar
 import flax.linen as nn
 
 from memseq.layers.common.base import state_dataclass
+from memseq.layers.common.interleave import at_step, repeat_ids, taken_at
 from memseq.layers.common.matrix import MatrixLayer, MatrixState
 from memseq.layers.common.parts import MambaGate, l2_normalize
 from memseq.layers.delta_rule.delta_net import check_max_beta, write_strength
-from memseq.layers.delta_rule.interleave import at_step, repeat_ids, taken_at
 from memseq.pallas_kernels import delta_rule
 from memseq.pallas_kernels.common.checks import check_count
 

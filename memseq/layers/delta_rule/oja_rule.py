@@ -5,10 +5,10 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from memseq.layers.common.base import state_dataclass
+from memseq.layers.common.interleave import at_step, repeat_ids, taken_at
 from memseq.layers.common.matrix import MatrixLayer, MatrixState
 from memseq.layers.common.parts import l2_normalize, widen
 from memseq.layers.delta_rule.delta_net import check_max_beta, write_strength
-from memseq.layers.delta_rule.interleave import at_step, repeat_ids, taken_at
 from memseq.layers.delta_rule.kimi_delta_attention import ChannelGate
 from memseq.pallas_kernels import delta_rule, linear_attention
 from memseq.pallas_kernels.common.checks import check_count

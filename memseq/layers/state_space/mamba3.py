@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from memseq.layers.common.base import enter, state_dataclass
+from memseq.layers.common.interleave import at_step, repeat_ids
 from memseq.layers.common.parts import RMSNorm, dt_bias_init, merge_heads, split_heads, widen
 from memseq.layers.recurrent.bilinear import turned
 from memseq.layers.state_space.mamba2 import Mamba2, Mamba2State
 from memseq.pallas_kernels import causal_conv, linear_attention
+from memseq.pallas_kernels.common.checks import check_count
 
 
 @state_dataclass
@@ -19,7 +21,8 @@ class Mamba3State(Mamba2State):
 
     Attributes:
         memory: float32 [batch, heads, state_dim, head_dim].
-        conv: [batch, 1, heads * (state_dim + head_dim)], key and value of the step before.
+        conv: [batch, 1, heads * (rank * state_dim + head_dim)], the keys and the value of the step
+            before.
         turn: float32 [batch, heads * planes, 2], cosine and sine of the angle so far.
     """
 
@@ -39,36 +42,60 @@ class Mamba3(Mamba2):
     softplus after a large run diverged. Rotating key and query by all angles so far is a complex
     transition of the state. The trapezoid is two passes of linear attention, one for the pairs of
     this step and one for those of the step before; the angle is carried as cosine and sine and
-    never grows. One input and output a head (SISO); the paper's MIMO variant is not here.
+    never grows.
+
+    With `mimo_rank` R above 1 a step writes and reads R times: key and query are R vectors each,
+    and v, z and the sum over the read-outs have a learned gain for every rank and channel,
+
+        S_t = a_t S_{t-1} + sum_r (early_t k_{t-1,r} v_{t-1,r}^T + late_t k_{t,r} v_{t,r}^T),
+        y = W sum_r out_scale_r (S_t^T q_{t,r} + D v_{t,r}) silu(gate_scale_r z),
+
+    with v_r = value_scale_r v and early and late as above: more products with a state of the same
+    size. The R writes are steps of their own in linear attention, one after another, and a read
+    adds those of its step that come after it. (Their MIMO kernel pairs the turning channels i and
+    i + n / 2; here neighbours are pairs at any rank.)
 
     Attributes (beside those of `Mamba2`; conv_width and dt_limit change nothing):
         turning: share of state_dim that turns, in (0, 1]: neighbours in pairs, from the first on.
+        mimo_rank: R, 4 in the paper's MIMO models; at 1 the gains are 1 and not learned.
     """
 
     turning: float = 0.5
+    mimo_rank: int = 1
 
     PAPER: ClassVar[str] = "Lahoti et al. 2026, Mamba-3"
     STATE: ClassVar[type] = Mamba3State
 
     def setup(self):
-        inner, heads, _ = self._dims()
+        inner, heads, head_dim = self._dims()
+        check_count("mimo_rank", self.mimo_rank, 1)
         self._planes()
         self.gate = self.dense(inner)
         self.value = self.dense(inner)
-        self.key = self.dense(self.groups * self.state_dim)
-        self.query = self.dense(self.groups * self.state_dim)
+        self.key = self.dense(self.groups * self.mimo_rank * self.state_dim)
+        self.query = self.dense(self.groups * self.mimo_rank * self.state_dim)
         self.step_size = self.dense(heads)
         self.rate = self.dense(heads)
         self.mix_gate = self.dense(heads)
         self.angle = self.dense(self._planes())
         self.dt_bias = self.param("dt_bias", dt_bias_init, (heads,))
-        shape = (heads, self.state_dim)
+        shape = (heads, self.mimo_rank * self.state_dim)
         self.key_bias = self.param("key_bias", nn.initializers.ones, shape, self.param_dtype)
         self.query_bias = self.param("query_bias", nn.initializers.ones, shape, self.param_dtype)
         self.key_norm = RMSNorm(param_dtype=self.param_dtype)
         self.query_norm = RMSNorm(param_dtype=self.param_dtype)
         self.skip = self.param("D", nn.initializers.ones, (heads,), jnp.float32)
         self.output = self.dense(self.features)
+
+        def gain(name, start):
+            shape = (heads, self.mimo_rank, head_dim)
+            if self.mimo_rank == 1:
+                return jnp.ones(shape, self.param_dtype)
+            return self.param(name, nn.initializers.constant(start), shape, self.param_dtype)
+
+        self.value_scale = gain("value_scale", 1 / self.mimo_rank)
+        self.gate_scale = gain("gate_scale", 1.0)
+        self.out_scale = gain("out_scale", 1 / self.mimo_rank)
 
     @nn.nowrap
     def _planes(self) -> int:
@@ -84,7 +111,7 @@ class Mamba3(Mamba2):
     @nn.nowrap
     def _channels(self) -> int:
         _, heads, head_dim = self._dims()
-        return heads * (self.state_dim + head_dim)
+        return heads * (self.mimo_rank * self.state_dim + head_dim)
 
     @nn.nowrap
     def init_state(self, batch, context=None):
@@ -104,8 +131,11 @@ class Mamba3(Mamba2):
         angle = jnp.pi * dt[..., None] * jnp.tanh(widen(self.angle(x)))[..., None, :]
 
         def by_head(vector, norm, bias):
-            vector = norm(split_heads(vector, self.groups))
-            return jnp.repeat(vector, heads // self.groups, axis=2) + bias.astype(vector.dtype)
+            """[batch, time, heads, rank, state_dim]."""
+            vector = norm(split_heads(vector, self.groups * self.mimo_rank))
+            vector = vector.reshape(*x.shape[:2], self.groups, self.mimo_rank, self.state_dim)
+            vector = jnp.repeat(vector, heads // self.groups, axis=2)
+            return vector + bias.reshape(vector.shape[2:]).astype(vector.dtype)
 
         key = by_head(self.key(x), self.key_norm, self.key_bias)
         query = by_head(self.query(x), self.query_norm, self.query_bias)
@@ -114,13 +144,14 @@ class Mamba3(Mamba2):
 
     def mix(self, inputs, state, segment_ids):
         query, key, value, log_decay, dt, now, angle = inputs
-        batch, time, heads, size = key.shape
+        batch, time, heads, rank, size = key.shape
         state = enter(state, self.init_state(batch), segment_ids)
         options = self.operation_options(segment_ids)
         turns, turn = turned(angle.reshape(batch, time, -1), state.turn, **options)
-        turns = turns.reshape(batch, time, heads, -1)
+        turns = turns.reshape(batch, time, heads, 1, -1)
         query, key = rotate_pairs(query, turns), rotate_pairs(key, turns)
-        both = jnp.concatenate([merge_heads(key), merge_heads(value)], axis=-1)
+        flat = (batch, time, -1)
+        both = jnp.concatenate([key.reshape(flat), value.reshape(flat)], axis=-1)
         before, conv = causal_conv(
             both,
             jnp.zeros((2, both.shape[-1]), both.dtype).at[0].set(1),
@@ -128,25 +159,61 @@ class Mamba3(Mamba2):
             segment_ids=segment_ids,
             implementation=self.plain_implementation(),
         )
-        key_before, value_before = jnp.split(before, [heads * size], axis=-1)
-        options |= {"scale": 1.0}
+        key_before, value_before = jnp.split(before, [heads * rank * size], axis=-1)
+        options |= {"scale": 1.0, "segment_ids": repeat_ids(segment_ids, rank)}
+        decay = at_step(log_decay, 0, rank)
+
+        def steps(x):
+            """[batch, time, heads, rank, ...] with the ranks one after another in time."""
+            return jnp.moveaxis(x, 3, 2).reshape(batch, time * rank, heads, -1)
 
         def remember(key, value, strength, start):
-            value = (value * strength[..., None]).astype(value.dtype)
-            return linear_attention(query, key, value, log_decay, initial_state=start, **options)
+            strong = of_ranks(value, self.value_scale) * strength[..., None, None]
+            value = strong.astype(value.dtype)
+            out, memory = linear_attention(
+                *map(steps, (query, key, value)), decay, initial_state=start, **options
+            )
+            out = jnp.moveaxis(out.reshape(batch, time, rank, heads, -1), 2, 3)
+            if rank > 1:
+                out = out + later_writes(query, key, value).astype(out.dtype)
+            return out, memory
 
         out, memory = remember(key, value, dt * now, state.memory)
         earlier, more = remember(
-            split_heads(key_before, heads),
-            split_heads(value_before, heads),
+            key_before.reshape(key.shape),
+            value_before.reshape(value.shape),
             (1 - now) * dt * jnp.exp(log_decay),
             None,
         )
-        out = out + earlier + (self.skip[:, None] * value).astype(out.dtype)
+        skipped = self.skip[:, None, None] * of_ranks(value, self.value_scale)
+        out = out + earlier + skipped.astype(out.dtype)
         return out, self.leave_with(state, segment_ids, memory=memory + more, conv=conv, turn=turn)
 
     def finish(self, x: jax.Array, out: jax.Array) -> jax.Array:
-        return self.output(merge_heads(out) * nn.silu(self.gate(x)))
+        gate = of_ranks(split_heads(self.gate(x), out.shape[2]), self.gate_scale)
+        out = jnp.sum(out * nn.silu(gate) * self.out_scale.astype(out.dtype), axis=3)
+        return self.output(merge_heads(out))
+
+
+class Mamba3MIMO(Mamba3):
+    """`Mamba3` with four writes and reads a step, the rank of the paper's MIMO models."""
+
+    mimo_rank: int = 4
+
+
+def of_ranks(x: jax.Array, gain: jax.Array) -> jax.Array:
+    """x [batch, time, heads, head_dim] times gain [heads, rank, head_dim], one for each rank."""
+    return x[..., None, :] * gain.astype(x.dtype)
+
+
+def later_writes(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """What each rank reads of its own step's writes by later ranks, [..., rank, head_dim].
+
+    query and key [..., rank, state_dim], value [..., rank, head_dim].
+    """
+    scores = jnp.einsum("...sn,...rn->...sr", widen(query), widen(key))
+    later = jnp.triu(jnp.ones(scores.shape[-2:], bool), 1)
+    return jnp.einsum("...sr,...rp->...sp", jnp.where(later, scores, 0), widen(value))
 
 
 def rotate_pairs(x: jax.Array, turns: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from memseq.pallas_kernels.common.checks import check_choice
 from memseq.pallas_kernels.common.sharded import over_mesh, vary_together
@@ -27,8 +28,8 @@ class KernelForm:
     """A form with its own backward pass.
 
     forward(*arrays, **options) -> outputs; backward(arrays, cotangents, **options) -> one cotangent
-    per array (None for integers and for None); limit(*arrays, **options) -> why it cannot run, or
-    None.
+    per array (None for integers and for None, as in `cotangents`); limit(*arrays, **options) -> why
+    it cannot run, or None.
     """
 
     forward: Callable[..., Any]
@@ -83,11 +84,7 @@ def _automatic(forms: Forms, plain_name: str, arrays: tuple, options: dict) -> A
     plain = functools.partial(getattr(forms, plain_name), **options)
 
     def plain_backward(arrays, cotangents):
-        # as kernels do: branches of one program must return the same, so no float0 for integers
-        return tuple(
-            c if x is not None and jnp.issubdtype(x.dtype, jnp.inexact) else None
-            for x, c in zip(arrays, jax.vjp(plain, *arrays)[1](cotangents), strict=True)
-        )
+        return pulled(plain, arrays, cotangents)
 
     kernels = {}
     if plain_name == "chunked":
@@ -113,6 +110,7 @@ def _automatic(forms: Forms, plain_name: str, arrays: tuple, options: dict) -> A
         return call(*arrays), arrays
 
     def backward_rule(arrays, cotangents):
+        cotangents = _floating(cotangents)
         branches = {p: _backward(forms, k, arrays, cotangents, options) for p, k in kernels.items()}
         return by_platform(plain_backward, branches, arrays, cotangents)
 
@@ -127,9 +125,33 @@ def _with_backward(forms: Forms, form: KernelForm, arrays: tuple, options: dict)
 
     call.defvjp(
         lambda *xs: (call(*xs), xs),
-        lambda xs, ct: _backward(forms, form, xs, ct, options)(xs, ct),
+        lambda xs, ct: _backward(forms, form, xs, ct, options)(xs, _floating(ct)),
     )
     return call(*arrays)
+
+
+def pulled(function: Callable, arrays: tuple, cotangents: Any) -> tuple:
+    """One cotangent for each of `arrays` by JAX's derivative, as a kernel's backward pass gives it.
+
+    None stands for integers here and in `cotangents`: a conditional has no place for float0.
+    """
+    outputs, pull = jax.vjp(function, *arrays)
+    outputs, tree = jax.tree.flatten(outputs)
+    given = jax.tree.leaves(cotangents, is_leaf=lambda c: c is None)
+    given = [
+        np.zeros(y.shape, jax.dtypes.float0) if c is None else c
+        for y, c in zip(outputs, given, strict=True)
+    ]
+    found = pull(jax.tree.unflatten(tree, given))
+    return tuple(
+        c if x is not None and jnp.issubdtype(x.dtype, jnp.inexact) else None
+        for x, c in zip(arrays, found, strict=True)
+    )
+
+
+def _floating(cotangents: Any) -> Any:
+    """None in place of what has no derivative."""
+    return jax.tree.map(lambda c: None if c.dtype == jax.dtypes.float0 else c, cotangents)
 
 
 def _forward(forms: Forms, form: KernelForm, arrays: tuple, options: dict) -> Callable:

@@ -57,7 +57,7 @@ def _product(kind, passes, a, b):
 def _product_backward(kind, passes, arrays, cotangent):
     named = dict(zip("abc", (*arrays, cotangent), strict=True))
     return tuple(
-        _product(own, passes, named[x], named[y]).astype(array.dtype)
+        product(own, passes, named[x], named[y]).astype(array.dtype)
         for (own, (x, y)), array in zip(_BACKWARD[kind], arrays, strict=True)
     )
 
