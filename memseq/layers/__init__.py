@@ -65,6 +65,7 @@ from memseq.layers.recurrent.gated import HGRN, MinGRU, MinLSTM
 from memseq.layers.recurrent.griffin import RGLRU, Hawk
 from memseq.layers.recurrent.lem import LEM
 from memseq.layers.recurrent.lstm import GRU, LSTM, SLSTM
+from memseq.layers.recurrent.lmu import LMU
 from memseq.layers.recurrent.mlstm import MLSTM
 from memseq.layers.recurrent.reservoir import EchoState, ReservoirMemory
 from memseq.layers.recurrent.wave_rnn import WaveRNN
@@ -137,6 +138,7 @@ REGISTRY = {
     "lstm": LSTM,
     "gru": GRU,
     "lem": LEM,
+    "lmu": LMU,
     "wave_rnn": WaveRNN,
     "ffm": FFM,
     "bilinear_rnn": BilinearRNN,
@@ -187,6 +189,7 @@ __all__ = [
     "HGRN",
     "HGRN2",
     "LEM",
+    "LMU",
     "LRU",
     "LSSL",
     "LSTM",

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memseq.layers import GRU, LEM, LSTM, SLSTM, WaveRNN
+from memseq.layers import GRU, LEM, LMU, LSTM, SLSTM, WaveRNN
+from memseq.layers.state_space import hippo
 from tests.layers.harness import (
     FEATURES,
     IDS,
@@ -99,6 +100,21 @@ def wave_rnn(layer, params, x):
     return np.array(y), h, {}
 
 
+def lmu(layer, params, x):
+    """The Legendre memory by its exact discretisation, then the hidden state."""
+    a, b = hippo.transition("lmu", layer.order)
+    kept = hippo.expm(a / layer.window)
+    write = np.linalg.solve(a, (kept - np.eye(layer.order)) @ b)
+    kernels = {name: part["kernel"] for name, part in params.items()}
+    m, h, y = np.zeros(layer.order), np.zeros(layer.units()), []
+    for u in x:
+        signal = u @ kernels["encode"] + h @ kernels["encode_hidden"] + m @ kernels["encode_memory"]
+        m = kept @ m + write * signal
+        h = np.tanh(u @ kernels["input"] + h @ kernels["from_hidden"] + m @ kernels["from_memory"])
+        y.append(h @ kernels["output"])
+    return np.array(y), np.concatenate([m, h]), {}
+
+
 LAYERS = {
     "LSTM": (LSTM(FEATURES, hidden_dim=6), lstm),
     "GRU": (GRU(FEATURES), gru),
@@ -106,6 +122,7 @@ LAYERS = {
     "sLSTM, no conv": (SLSTM(FEATURES, heads=2, hidden_dim=6, conv_width=0), slstm),
     "LEM": (LEM(FEATURES), lem),
     "LEM, slow": (LEM(FEATURES, dt=0.2, hidden_dim=5), lem),
+    "LMU": (LMU(FEATURES, order=5, window=7, hidden_dim=6), lmu),
     "wave RNN": (WaveRNN(FEATURES, activation="tanh"), wave_rnn),
     "wave RNN, relu": (WaveRNN(FEATURES, rings=2, hidden_dim=10), wave_rnn),
 }
@@ -132,6 +149,20 @@ def test_the_ring_is_a_delay_line():
     for lag in (6, 13, 20):  # once around, twice, three times: a collision from 7 steps on
         want[:, lag:] += x[:, : 21 - lag, :2]
     np.testing.assert_allclose(y[..., :2], want, rtol=0, atol=1e-12)
+
+
+def test_lmu_remembers_its_window():
+    """The memory alone holds the last steps of its signal: Legendre coefficients of them."""
+    layer = LMU(FEATURES, order=12, window=60)
+    params = random_params(layer)
+    for name in ("encode_hidden", "encode_memory"):
+        params[name]["kernel"] *= 0
+    time = np.arange(180)[None, :, None]
+    x = np.sin(0.05 * time + np.arange(FEATURES)) + np.cos(0.02 * time)
+    _, state, _ = run64(layer, params, x)
+    signal = (x[0] @ params["encode"]["kernel"])[::-1, 0]
+    got = hippo.reconstruct(np.asarray(state.memory[0, :12]), "lmu", (np.arange(60) + 0.5) / 60)
+    np.testing.assert_allclose(got, signal[:60], rtol=0, atol=2e-3 * np.abs(signal).max())
 
 
 def test_lem_stays_in_its_box():
@@ -193,6 +224,7 @@ def test_starts():
     np.testing.assert_allclose(bias[3, [0, 3, 4, 7]], [-5, 7, -5, 7], atol=1e-5)
     np.testing.assert_array_equal(init(SLSTM(16))["recurrent"]["kernel"], 0)
     assert np.abs(init(LEM(16))["input"]["kernel"]).max() <= 0.25
+    np.testing.assert_array_equal(init(LMU(16))["encode_memory"]["kernel"], 0)
 
 
 def test_defaults():
@@ -201,10 +233,11 @@ def test_defaults():
     assert count(LEM(32), 32) == 8 * 32 * 32 + 4 * 32 + 32 * 32
     assert count(SLSTM(32), 32) == 4 * 32 * 32 + 4 * 4 * 64 + 128 + 128 + 8 + 32 * 32
     assert count(WaveRNN(32), 32) == 32 * 4 + 3 * 16 + 4 + 32 * 32
+    assert count(LMU(32), 32) == 32 * (33 + 33 + 32) + 64 * 33
     assert SLSTM(32).init_state(2).memory.shape == (2, 4, 32)
 
 
-@pytest.mark.parametrize("layer", [LSTM(32), SLSTM(32), WaveRNN(32)])
+@pytest.mark.parametrize("layer", [LSTM(32), SLSTM(32), WaveRNN(32), LMU(32)])
 def test_dtypes(layer):
     assert check_dtypes(layer).memory.dtype == jnp.float32
 
@@ -215,6 +248,8 @@ def test_dtypes(layer):
         (LSTM(16, hidden_dim=0), "hidden_dim: .* got 0"),
         (SLSTM(16, heads=3), "heads: expected a divisor of 16 units, got 3"),
         (LEM(16, dt=1.5), "dt: expected 0 < dt <= 1, got 1.5"),
+        (LMU(16, order=0), "order: .* got 0"),
+        (LMU(16, window=0), "window: .* got 0"),
         (WaveRNN(16, rings=3), "rings: expected a divisor of 16 units, got 3"),
         (WaveRNN(16, activation="sine"), "activation: .* got 'sine'"),
     ],
