@@ -19,6 +19,7 @@ from memseq.layers.delta_rule.delta_product import DeltaProduct, GatedDeltaProdu
 from memseq.layers.delta_rule.gated_delta_net import GatedDeltaNet
 from memseq.layers.delta_rule.kimi_delta_attention import GatedDeltaNet2, KimiDeltaAttention
 from memseq.layers.delta_rule.longhorn import Longhorn
+from memseq.layers.delta_rule.momentum_delta_net import MomentumDeltaNet
 from memseq.layers.delta_rule.oja_rule import OjaRule
 from memseq.layers.delta_rule.preconditioned import (
     PreconditionedGatedDeltaNet,
@@ -104,6 +105,7 @@ REGISTRY = {
     "gated_delta_product": GatedDeltaProduct,
     "comba": Comba,
     "longhorn": Longhorn,
+    "momentum_delta_net": MomentumDeltaNet,
     "oja_rule": OjaRule,
     "preconditioned_gated_delta_net": PreconditionedGatedDeltaNet,
     "preconditioned_kimi_delta_attention": PreconditionedKimiDeltaAttention,
@@ -248,6 +250,7 @@ __all__ = [
     "MinGRU",
     "MinLSTM",
     "MixtureOfMemories",
+    "MomentumDeltaNet",
     "Moneta",
     "NeuralMemory",
     "OjaRule",

@@ -9,6 +9,7 @@ from memseq.layers import (
     GatedDeltaNet,
     KimiDeltaAttention,
     Longhorn,
+    MomentumDeltaNet,
     OjaRule,
     PreconditionedGatedDeltaNet,
     PreconditionedKimiDeltaAttention,
@@ -19,6 +20,7 @@ from tests.layers.harness import (
     check_dtypes,
     check_transcription,
     count,
+    init,
     inputs,
     query_key_value,
     random_params,
@@ -108,6 +110,34 @@ def preconditioned(layer, params, x):
     return read_out(params, x, out, activation), memory, sown
 
 
+def momentum(layer, params, x):
+    """M = mu M + s k (v - a S^T k)^T, S = a S + b M; b and a weighed by sin^2 and cos^2."""
+    value_heads = params["beta"]["kernel"].shape[1]
+    group = value_heads // layer.heads
+    query, key, value = query_key_value(params, x, layer.heads, value_heads, activation=True)
+    step = np.tanh(x @ params["step"]["kernel"] / np.sqrt(layer.features)) + 1
+    angle = np.arctan(step * np.exp(params["factor_log"]))
+    beta = np.sin(angle) ** 2 * layer.max_beta * sigmoid(x @ params["beta"]["kernel"])
+    decay = np.cos(angle) ** 2 * mamba_gate(params, x, "decay", "decay_gate")
+    speed = mamba_gate(params, x, "momentum", "momentum_gate")
+    speed = np.maximum(speed, np.exp(layer.min_log_momentum))
+    correction = np.exp(params["correction_log"])
+    keys = key.shape[-1]
+    memory, out = np.zeros((value_heads, keys, value.shape[-1])), np.zeros(value.shape)
+    running = np.zeros(memory.shape)
+    for t in range(len(x)):
+        for h in range(value_heads):
+            k = unit(key[t, h // group])
+            q = unit(query[t, h // group] - correction[h // group] * key[t, h // group])
+            kept = decay[t, h] * memory[h]
+            error = value[t, h] - kept.T @ k
+            running[h] = speed[t, h] * running[h] + step[t, h] * np.outer(k, error)
+            memory[h] = kept + beta[t, h] * running[h]
+            out[t, h] = memory[h].T @ q / np.sqrt(keys)
+    sown = {"mean_decay": decay, "mean_beta": beta, "mean_momentum": speed}
+    return read_out(params, x, out, sigmoid), memory, sown
+
+
 LAYERS = {
     "longhorn": (Longhorn(FEATURES), longhorn),
     "longhorn, plain": (
@@ -123,6 +153,13 @@ LAYERS = {
     "preconditioned gdn, grouped": (
         PreconditionedGatedDeltaNet(FEATURES, heads=2, value_heads=4, bound=2.0, max_beta=2.0),
         preconditioned,
+    ),
+    "momentum": (MomentumDeltaNet(FEATURES), momentum),
+    "momentum, grouped": (
+        MomentumDeltaNet(
+            FEATURES, heads=2, value_heads=4, value_dim=3, conv_width=0, min_log_momentum=-0.1
+        ),
+        momentum,
     ),
     "preconditioned kda": (PreconditionedKimiDeltaAttention(FEATURES), preconditioned),
 }
@@ -167,6 +204,29 @@ def test_curvature_is_carried():
     assert run64(layer, params, x)[2]["mean_scale"] < 0.7
     params["center_bias"] = np.full(2, 50.0)
     assert run64(layer, params, x)[2]["mean_scale"] > 1.4
+
+
+def test_momentum_is_carried():
+    """Two calls hold what one does."""
+    layer = MomentumDeltaNet(FEATURES, heads=2)
+    params, x = random_params(layer), inputs()
+    _, whole, _ = run64(layer, params, x)
+    _, state, _ = run64(layer, params, x[:, :9])
+    _, state, _ = run64(layer, params, x[:, 9:], state)
+    np.testing.assert_allclose(state.momentum, whole.momentum, rtol=0, atol=1e-6)
+    assert np.abs(whole.momentum).max() > 0.1
+
+
+def test_momentum_starts_within_its_bounds():
+    """What a step writes at most and what the memory keeps at most are sin^2 and cos^2."""
+    layer = MomentumDeltaNet(FEATURES, heads=2)
+    params = init(layer)
+    factor = np.exp(params["factor_log"])
+    assert (factor > 0).all() and (factor <= 4).all()
+    assert (params["correction_log"] <= 0).all()
+    _, _, sown = run64(layer, random_params(layer), 30 * inputs())
+    assert 0 < sown["mean_beta"] < 1 and 0 < sown["mean_decay"] < 1
+    assert np.exp(-2) <= sown["mean_momentum"] < 1
 
 
 def test_longhorn_is_the_delta_rule_on_unit_keys():
@@ -217,6 +277,7 @@ def test_defaults():
     [
         Longhorn(32),
         OjaRule(32),
+        MomentumDeltaNet(32),
         PreconditionedGatedDeltaNet(32),
         PreconditionedKimiDeltaAttention(32),
     ],
@@ -230,6 +291,7 @@ def test_dtypes(layer):
     [
         (OjaRule(16, max_beta=0.0), "max_beta: .* got 0.0"),
         (OjaRule(16, gate_rank=0), "gate_rank: .* got 0"),
+        (MomentumDeltaNet(16, min_log_momentum=0.0), "min_log_momentum: .* got 0.0"),
         (PreconditionedGatedDeltaNet(16, bound=0.5), "bound: .* got 0.5"),
     ],
 )

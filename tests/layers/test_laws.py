@@ -73,7 +73,7 @@ VARIANTS = set(
     """
     titans_lmm titans_mag titans_mal moneta yaad memora omega_net ttt_mlp log_linear_mamba2
     preconditioned_kimi_delta_attention gated_delta_product polarized_mamba hawk
-    sliding_window_attention mamba3_mimo
+    sliding_window_attention mamba3_mimo momentum_delta_net
     """.split()
 )
 
@@ -94,7 +94,8 @@ def samples():
     seen = set()
     for name, constructor in sorted(REGISTRY.items(), key=lambda item: item[0] in VARIANTS):
         operation = constructor(FEATURES).OPERATION
-        yield pytest.param(name, marks=[pytest.mark.slow] if operation in seen else [])
+        late = operation in seen or name in VARIANTS
+        yield pytest.param(name, marks=[pytest.mark.slow] if late else [])
         seen.add(operation)
 
 
