@@ -65,14 +65,15 @@ from memseq.layers.recurrent.ffm import FFM
 from memseq.layers.recurrent.gated import HGRN, MinGRU, MinLSTM
 from memseq.layers.recurrent.griffin import RGLRU, Hawk
 from memseq.layers.recurrent.lem import LEM
-from memseq.layers.recurrent.lstm import GRU, LSTM, SLSTM
 from memseq.layers.recurrent.lmu import LMU
+from memseq.layers.recurrent.lstm import GRU, LSTM, SLSTM
 from memseq.layers.recurrent.mlstm import MLSTM
 from memseq.layers.recurrent.reservoir import EchoState, ReservoirMemory
 from memseq.layers.recurrent.wave_rnn import WaveRNN
 from memseq.layers.state_space.eidetic import BMojo, MemMamba
 from memseq.layers.state_space.h3 import H3
 from memseq.layers.state_space.hippo_memory import HiPPOMemory
+from memseq.layers.state_space.hydra import Hydra
 from memseq.layers.state_space.lru import LRU
 from memseq.layers.state_space.mamba import Mamba, PolarizedMamba
 from memseq.layers.state_space.mamba2 import Mamba2
@@ -162,6 +163,7 @@ REGISTRY = {
 # Layers of sets: y = layer(x[, mask]).
 SET_LAYERS = {
     "bidirectional_s5": BidirectionalS5,
+    "hydra": Hydra,
     "hopfield": Hopfield,
     "hopfield_pooling": HopfieldPooling,
     "hopfield_lookup": HopfieldLookup,
@@ -229,6 +231,7 @@ __all__ = [
     "Hawk",
     "HiPPOMemory",
     "Hopfield",
+    "Hydra",
     "HopfieldDecoderBlock",
     "HopfieldEncoderBlock",
     "HopfieldLookup",
