@@ -49,6 +49,23 @@ def longhorn(layer, params, x):
     return read_out(params, x, out), memory, {"mean_beta": beta}
 
 
+def elementwise_longhorn(layer, params, x):
+    """In value channel c: S = (1 - D k^2) S + D v k, D = beta / (1 + beta |k|^2)."""
+    heads = layer.heads
+    query, key, value = query_key_value(params, x, heads, heads, activation=True)
+    beta = sigmoid(x @ params["beta"]["kernel"]).reshape(value.shape)
+    keys = key.shape[-1]
+    memory, out = np.zeros((heads, keys, value.shape[-1])), np.zeros(value.shape)
+    for t in range(len(x)):
+        for h in range(heads):
+            k = key[t, h]
+            for c, b in enumerate(beta[t, h]):
+                step = b / (1 + b * k @ k)
+                memory[h, :, c] = (1 - step * k**2) * memory[h, :, c] + step * value[t, h, c] * k
+            out[t, h] = memory[h].T @ query[t, h] / np.sqrt(keys)
+    return read_out(params, x, out), memory, {"mean_beta": beta}
+
+
 def channel_gate(params, x, heads):
     gate = params["decay_gate"]
     f = x @ params["decay_in"]["kernel"] @ params["decay_out"]["kernel"] + gate["dt_bias"]
@@ -143,6 +160,10 @@ LAYERS = {
     "longhorn, plain": (
         Longhorn(FEATURES, heads=2, conv_width=0, output_gate=False, key_dim=5, value_dim=3),
         longhorn,
+    ),
+    "longhorn, elementwise": (
+        Longhorn(FEATURES, heads=2, key_dim=5, value_dim=3, elementwise=True),
+        elementwise_longhorn,
     ),
     "oja": (OjaRule(FEATURES), oja),
     "oja, no conv": (
@@ -245,6 +266,28 @@ def test_longhorn_is_the_delta_rule_on_unit_keys():
         memory += strength[t] * np.outer(k, value[t, 0] / length[t] - memory.T @ k)
     np.testing.assert_allclose(state.memory[0, 0], memory, rtol=0, atol=1e-9)
     assert jax.tree.structure(random_params(delta)) == jax.tree.structure(params)
+
+
+def test_longhorn_is_elementwise_where_keys_have_one_channel():
+    """k k^T is its diagonal: the paper's approximation is none, given the same beta everywhere."""
+    sizes = {"heads": 4, "key_dim": 1, "value_dim": 3}
+    exact, layer = Longhorn(FEATURES, **sizes), Longhorn(FEATURES, elementwise=True, **sizes)
+    params, x = random_params(exact), inputs()
+    y, state, _ = run64(exact, params, x)
+    params["beta"]["kernel"] = np.repeat(params["beta"]["kernel"], 3, axis=1)
+    found, found_state, _ = run64(layer, params, x)
+    np.testing.assert_allclose(found, y, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(found_state.memory, state.memory, rtol=0, atol=1e-12)
+
+
+def test_elementwise_longhorn_is_finite_for_long_keys():
+    """Where 1 - step k^2 rounds to 0."""
+    layer = Longhorn(FEATURES, heads=4, key_dim=1, conv_width=0, elementwise=True)
+    params = jax.tree.map(np.float32, random_params(layer))
+    params["key"]["kernel"] *= np.float32(1e9)
+    loss = jax.grad(lambda p, x: (layer.apply({"params": p}, x)[0] ** 2).sum())
+    for leaf in jax.tree.leaves(jax.jit(loss)(params, np.float32(inputs()))):
+        assert np.isfinite(leaf).all()
 
 
 def test_oja_finds_the_principal_value():
