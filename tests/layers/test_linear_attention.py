@@ -222,6 +222,21 @@ def test_starts():
     np.testing.assert_allclose(np.std(params["value"]["kernel"]), 32**-0.5, rtol=0.1)
 
 
+def test_mimetic_start():
+    """The query's projection is like the key's, so a token finds itself among others."""
+    x = inputs(time=64, features=64)
+    found = {}
+    for mimetic in (False, True):
+        params = init(LinearAttention(64, heads=1, mimetic=mimetic))
+        query, key = (np.asarray(params[name]["kernel"]) for name in ("query", "key"))
+        found[mimetic] = np.corrcoef(query.ravel(), key.ravel())[0, 1]
+        scores = np.einsum("bti,bsi->bts", x @ query, x @ key)
+        own = np.einsum("btt->bt", scores)
+        assert (own.mean() > scores.std()) == mimetic
+    np.testing.assert_allclose([found[False], found[True]], [0, 0.5**0.5], atol=0.05)
+    assert init(Based(64, mimetic=True))["query"]["kernel"].shape == (64, 64)
+
+
 def test_defaults():
     """Sizes of memories and parameters: key sizes 1 and 1/2 of features / heads."""
     linear, gated = LinearAttention(32), GatedLinearAttention(32)

@@ -28,7 +28,9 @@ def mamba2(layer, params, x):
     inner, size = parts[0].shape[1], parts[1].shape[1] // layer.groups
     mixed = np.concatenate(parts, axis=1)
     if layer.conv_width:
-        mixed = short_conv(mixed, params["conv"]["kernel"], params["conv"]["bias"])
+        taps = params["conv"]["kernel"].copy()
+        taps[-1] += layer.mimetic
+        mixed = short_conv(mixed, taps, params["conv"]["bias"])
     else:
         mixed = silu(mixed)
     heads = len(params["D"])
@@ -53,6 +55,7 @@ def mamba2(layer, params, x):
 
 CASES = {
     "default": {},
+    "mimetic": {"mimetic": True, "state_dim": 8, "expand": 1},
     "groups": {"groups": 2, "heads": 4, "state_dim": 5, "conv_width": 2},
     "no conv, dt limit": {"heads": 2, "state_dim": 8, "conv_width": 0, "dt_limit": (0.5, 1.0)},
 }
@@ -61,6 +64,17 @@ CASES = {
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 def test_mamba2(options):
     check_transcription(Mamba2(FEATURES, **options), mamba2)
+
+
+def test_mimetic_start():
+    """Next to no decay, steps of 1, and C's projection correlated with B's."""
+    params = init(Mamba2(64, mimetic=True))
+    gate = params["decay_gate"]
+    step = softplus(np.asarray(gate["dt_bias"], np.float64))
+    np.testing.assert_allclose(step, 1, rtol=1e-5)
+    np.testing.assert_allclose(np.exp(-step * np.exp(gate["A_log"])), 0.999, rtol=1e-4)
+    b, c = (np.asarray(params[name]["kernel"]).ravel() for name in ("key", "query"))
+    np.testing.assert_allclose(np.corrcoef(b, c)[0, 1], 0.5**0.5, atol=0.05)
 
 
 def test_mamba2_packed():

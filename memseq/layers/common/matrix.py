@@ -70,8 +70,8 @@ class MatrixLayer(SequenceLayer):
         """
         check_choice("gate_activation", self.gate_activation, GATE_ACTIVATIONS)
         key_heads, key_dim, heads, value_dim = self.dims()
-        self.query = self.dense(key_heads * key_dim)
         self.key = self.dense(self.writes() * key_heads * key_dim)
+        self.query = self.make_query(key_heads * key_dim)
         self.value = self.dense(self.writes() * heads * value_dim)
         self.conv = ShortConv(
             self.conv_width,
@@ -86,6 +86,11 @@ class MatrixLayer(SequenceLayer):
         self.norm = RMSNorm(param_dtype=self.param_dtype) if self.output_norm else None
         self.gate = self.make_gate(heads * value_dim) if self.output_gate else None
         self.output = self.dense(self.features)
+
+    @nn.nowrap
+    def make_query(self, size: int) -> nn.Module:
+        """The query's projection."""
+        return self.dense(size)
 
     @nn.nowrap
     def make_gate(self, size: int) -> nn.Module:
@@ -149,7 +154,8 @@ class MatrixLayer(SequenceLayer):
 
     def project_all(self, x: jax.Array) -> jax.Array:
         """Query, key and value side by side, [batch, time, channels]."""
-        return jnp.concatenate([self.query(x), self.key(x), self.value(x)], axis=-1)
+        key = self.key(x)  # before the query, which may start as it does
+        return jnp.concatenate([self.query(x), key, self.value(x)], axis=-1)
 
     def convolve(self, mixed: jax.Array, state: Any, segment_ids: jax.Array | None):
         """`project_all`'s result after the convolution, by heads, and the new tail.

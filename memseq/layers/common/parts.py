@@ -27,6 +27,20 @@ def uniform_within(bound: float) -> Callable[..., jax.Array]:
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
+def mean_with(other: nn.Module) -> Callable[..., jax.Array]:
+    """An initialiser: the mean of a Dense layer's usual draw and the kernel of `other`.
+
+    `other` is a Dense of the same shape that must have been called before. So two projections of
+    one input start alike: what is like finds itself.
+    """
+
+    def init(key, shape, dtype):
+        drawn = nn.initializers.lecun_normal()(key, shape, dtype)
+        return (drawn + other.variables["params"]["kernel"]) / 2
+
+    return init
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * scale over the last axis.
 
@@ -106,12 +120,13 @@ class MambaGate(nn.Module):
     """Step size and log decay per head: dt = softplus(x + dt_bias), log decay = -exp(A_log) dt.
 
     Mamba-2 (Dao and Gu 2024, arXiv:2405.21060). exp(A_log) starts uniform in [a_min, a_max], dt
-    log-uniform in [0.001, 0.1]. float32 whatever the input.
+    log-uniform in `dt_range`. float32 whatever the input.
     """
 
     heads: int
     a_min: float = 0.0
     a_max: float = 16.0
+    dt_range: tuple[float, float] = (1e-3, 1e-1)
 
     @nn.compact
     def __call__(
@@ -122,7 +137,7 @@ class MambaGate(nn.Module):
             return jnp.log(jnp.maximum(a, 1e-4))
 
         a_log = self.param("A_log", a_log_init, (self.heads,))
-        dt_bias = self.param("dt_bias", dt_bias_init, (self.heads,))
+        dt_bias = self.param("dt_bias", dt_bias_init, (self.heads,), *self.dt_range)
         dt = jax.nn.softplus(widen(x) + dt_bias)
         dt = jnp.clip(dt, *dt_limit)
         return dt, -jnp.exp(a_log) * dt

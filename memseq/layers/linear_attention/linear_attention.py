@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from memseq.layers.common.base import state_dataclass
 from memseq.layers.common.matrix import MatrixLayer, MatrixState
-from memseq.layers.common.parts import widen
+from memseq.layers.common.parts import mean_with, widen
 from memseq.layers.linear_attention.feature_maps import FEATURE_MAPS
 from memseq.pallas_kernels import linear_attention
 from memseq.pallas_kernels.common.checks import check_choice
@@ -33,11 +33,15 @@ class LinearAttention(MatrixLayer):
             features: 1 + key_dim + key_dim^2 for "taylor".
         normalize: divide by z . phi(q), which a map with negative values does not allow.
         output_norm: off, as in the paper; turn it on where `normalize` is off.
+        mimetic: the query's projection starts as the mean of its own draw and the key's, so that
+            what is like is found: what is left of the mimetic start of `Mamba` (Trockman et al.
+            2024, arXiv:2410.11135), which makes a state space resemble this layer.
     """
 
     feature_map: str = "elu+1"
     normalize: bool = True
     output_norm: bool = False
+    mimetic: bool = False
 
     PAPER: ClassVar[str] = "Katharopoulos et al. 2020, arXiv:2006.16236"
     MEMORY: ClassVar[str] = "matrix and normaliser [heads, key_dim, value_dim + 1]"
@@ -58,6 +62,12 @@ class LinearAttention(MatrixLayer):
             self.key_map = phi.make(self.param_dtype)
         else:
             self.query_map = self.key_map = phi.apply
+
+    @nn.nowrap
+    def make_query(self, size):
+        return (
+            self.dense(size, kernel_init=mean_with(self.key)) if self.mimetic else self.dense(size)
+        )
 
     @nn.nowrap
     def init_state(self, batch: int, context: int | None = None) -> LinearAttentionState:

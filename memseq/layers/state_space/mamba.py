@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from memseq.layers.common.base import enter, state_dataclass
-from memseq.layers.common.parts import dt_bias_init, widen
+from memseq.layers.common.parts import dt_bias_init, mean_with, widen
 from memseq.layers.common.vector import VectorLayer, VectorState
 from memseq.pallas_kernels import linear_scan, selective_scan
 from memseq.pallas_kernels.common.checks import check_count
@@ -71,13 +71,8 @@ class Mamba(VectorLayer):
             kernel_init=uniform,
         )
         self.key = self.dense(self.projected())
-        self.query = nn.Dense(
-            self.projected(),
-            use_bias=False,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=self._query_init,
-        )
+        start = {"kernel_init": mean_with(self.key)} if self.mimetic else {}
+        self.query = self.dense(self.projected(), **start)
         slow, unit = math.log(1e-3), math.log(math.expm1(1.0))
         constant = nn.initializers.constant
         a_init, dt_init = (
@@ -98,11 +93,6 @@ class Mamba(VectorLayer):
     def projected(self) -> int:
         """Size of B and of C."""
         return self.state_dim
-
-    def _query_init(self, key, shape, dtype):
-        drawn = nn.initializers.lecun_normal()(key, shape, dtype)
-        # at this point B's projection has been called, and has its kernel
-        return (drawn + self.key.variables["params"]["kernel"]) / 2 if self.mimetic else drawn
 
     def project(self, x):
         return self.input(x)

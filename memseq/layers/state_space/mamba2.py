@@ -13,6 +13,7 @@ from memseq.layers.common.parts import (
     RMSNorm,
     ShortConv,
     conv_tail,
+    mean_with,
     merge_heads,
     split_heads,
 )
@@ -41,6 +42,8 @@ class Mamba2(SequenceLayer):
         groups: number of (B, C) pairs; each serves heads / groups heads.
         conv_width: short convolution of x, B and C, with bias and silu.
         dt_limit: dt is clipped to this range.
+        mimetic: start near linear attention, see `Mamba`: all rates at 1e-3, dt at 1, C's
+            projection the mean of its own draw and B's, the convolution added to its input.
     """
 
     heads: int | None = None
@@ -49,6 +52,7 @@ class Mamba2(SequenceLayer):
     groups: int = 1
     conv_width: int = 4
     dt_limit: tuple[float, float] = (0.0, float("inf"))
+    mimetic: bool = False
 
     PAPER: ClassVar[str] = "Dao and Gu 2024, arXiv:2405.21060"
     MEMORY: ClassVar[str] = "matrix [heads, state_dim, head_dim]"
@@ -63,16 +67,19 @@ class Mamba2(SequenceLayer):
         self.gate = self.dense(inner)
         self.value = self.dense(inner)
         self.key = self.dense(self.groups * self.state_dim)
-        self.query = self.dense(self.groups * self.state_dim)
+        start = {"kernel_init": mean_with(self.key)} if self.mimetic else {}
+        self.query = self.dense(self.groups * self.state_dim, **start)
         self.step_size = self.dense(heads)
         self.conv = ShortConv(
             self.conv_width,
             self._channels(),
             use_bias=True,
+            residual=self.mimetic,
             implementation=self.plain_implementation(),
             param_dtype=self.param_dtype,
         )
-        self.decay_gate = MambaGate(heads, a_min=1.0)
+        gate = {"a_min": 1e-3, "a_max": 1e-3, "dt_range": (1.0, 1.0)} if self.mimetic else {}
+        self.decay_gate = MambaGate(heads, **{"a_min": 1.0} | gate)
         self.skip = self.param("D", nn.initializers.ones, (heads,), jnp.float32)
         self.norm = RMSNorm(param_dtype=self.param_dtype)
         self.output = self.dense(self.features)
