@@ -68,6 +68,14 @@ class S4(InvariantLayer):
         return jax.lax.complex(-jnp.exp(self.decay), self.phase)
 
     def system(self):
+        change, write = self.change()
+        return Dense(change + jnp.eye(change.shape[-1])), write, self.both_halves(self.read)
+
+    def change(self) -> tuple[jax.Array, jax.Array]:
+        """A' - 1 [features, state_dim, state_dim] and B' [features, state_dim].
+
+        The 1 is never added: where dt is small it would leave A' with fewer digits.
+        """
         dt, p = jnp.exp(self.dt_log), self.low_rank
         # (1 - dt A / 2)^-1 = E - dt (E p) (E^T p)^T / (1 + dt p . E p), E = 1 / (1 - dt diag / 2)
         inverse = 1 / (1 - dt * self.modes() / 2)
@@ -80,13 +88,13 @@ class S4(InvariantLayer):
                 from_p * v, axis=-1, keepdims=True
             )
 
-        real, imag = (jax.vmap(jnp.diag)(a) for a in (inverse.real, inverse.imag))
+        less_1 = dt * self.modes() / 2 * inverse
+        real, imag = (jax.vmap(jnp.diag)(a) for a in (less_1.real, less_1.imag))
         dense = jnp.concatenate(
             [jnp.concatenate([real, -imag], 2), jnp.concatenate([imag, real], 2)], 1
         )
         dense -= share[..., None] * of_p[:, :, None] * from_p[:, None, :]
-        matrix = 2 * dense - jnp.eye(p.shape[1], dtype=dense.dtype)
-        return Dense(matrix), dt * solve(self.write), self.both_halves(self.read)
+        return 2 * dense, dt * solve(self.write)
 
     def both_halves(self, read: jax.Array) -> jax.Array:
         """The real vector that reads 2 Re(C . h)."""
@@ -101,14 +109,14 @@ class S4(InvariantLayer):
         no pole at w = -1, where the paper's form takes a limit (dt / 2 c . B).
         """
         check_count("length", length, 2)
-        system, _, read = self.system()
-        power, row, left = system.matrix, read, length
-        while left:  # read . A'^length by the binary digits of length
+        change, read = self.change()[0], self.both_halves(self.read)
+        row, left = jnp.zeros_like(read), length
+        while left:  # read . (A'^length - 1) by the binary digits of length, from A'^(2^k) - 1
             if left & 1:
-                row = jnp.einsum("dn,dnm->dm", row, power)
-            power, left = power @ power, left >> 1
+                row = row + jnp.einsum("dn,dnm->dm", read + row, change)
+            change, left = 2 * change + change @ change, left >> 1
         # as complex numbers: the real vector [a, b] reads Re((a - i b) . h)
-        c = join(read - row, self.phase).conj() / 2
+        c = join(-row, self.phase).conj() / 2
         p, b = join(self.low_rank, self.phase), join(self.write, self.phase)
         root = np.exp(-2j * np.pi * np.arange(length // 2 + 1) / length)
         root_less_1, root_and_1 = (jnp.asarray(a, c.dtype) for a in (1 - root, 1 + root))
