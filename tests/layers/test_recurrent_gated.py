@@ -116,22 +116,31 @@ def test_min_lstm_with_mirrored_gates_is_min_gru():
     np.testing.assert_allclose(y, run64(other, params, x)[0], rtol=0, atol=1e-12)
 
 
-def test_scan_of_numbers_equals_scan_of_logarithms():
-    """The paper's log-space minGRU, T = 4096 and slow decay, against ours in float32."""
-    rng = np.random.default_rng(0)
+@pytest.mark.parametrize(("gate", "tolerance"), [(-5.0, 1e-4), (0.0, 2e-3)])
+def test_scan_of_numbers_equals_scan_of_logarithms(gate, tolerance):
+    """The paper's log-space minGRU, T = 4096 in float32, against ours.
+
+    Its sums of logarithms grow with time: to -27 where a step keeps 0.993, and it is as exact as
+    the property asks. Where a step keeps half they come to -2,800, whose rounding alone is 2e-4;
+    ours, which has no such sum, stays with float64.
+    """
     layer = MinGRU(FEATURES, implementation="chunked")
     params = random_params(layer)
     params["input"]["kernel"][:, :FEATURES] *= 0.1
+    params["input"]["kernel"][0, :FEATURES] = gate
+    params["output"]["kernel"] = np.eye(FEATURES)
+    x = np.random.default_rng(0).normal(size=(1, 4096, FEATURES))
+    x[..., 0] = 1
+    want, _, _ = run64(layer, params, x)
     params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
-    params["output"]["kernel"] = jnp.eye(FEATURES)
-    x = jnp.asarray(rng.normal(size=(1, 4096, FEATURES)), jnp.float32)
+    x = jnp.asarray(x, jnp.float32)
     k, v = jnp.split(x @ params["input"]["kernel"], 2, axis=-1)
     kept = jnp.cumsum(-jax.nn.softplus(k), axis=1)
     log_write = -jax.nn.softplus(-k) + jnp.where(v >= 0, jnp.log(v + 0.5), -jax.nn.softplus(-v))
     log_sum = jax.lax.cumlogsumexp(log_write - kept, axis=1)
     y, _ = jax.jit(layer.apply)({"params": params}, x)
-    error = np.abs(np.asarray(jnp.exp(kept + log_sum)) / np.asarray(y) - 1)
-    assert np.isfinite(error).all() and error.max() < 2e-3
+    np.testing.assert_allclose(y, want, rtol=1e-5)
+    np.testing.assert_allclose(jnp.exp(kept + log_sum), y, rtol=tolerance)
 
 
 def test_rglru_starts_in_the_papers_range_and_keeps_variance():
