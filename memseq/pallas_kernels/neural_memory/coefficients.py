@@ -51,13 +51,12 @@ def coefficients(
     the token that came so many before. Slots that are not filled change nothing.
     """
     keep = jnp.where(filled, keep, 1)
-    steps = _by_token(jnp.where(filled[..., None], step, 0))
-    kept, between = jnp.cumprod(keep, axis=-1), _products(keep)
+    step = jnp.where(filled[..., None], step, 0)
+    kept, between = _products(keep)
     if momentum is None:
-        return Coefficients(kept, None, jnp.matmul(between, steps, precision=_HIGHEST)), None
-    momentum = jnp.where(filled, momentum, 1)
-    held = jnp.cumprod(momentum, axis=-1)
-    added = jnp.matmul(_products(momentum), steps, precision=_HIGHEST)
+        return Coefficients(kept, None, _written(between, step)), None
+    held, passed = _products(jnp.where(filled, momentum, 1))
+    added = _written(passed, step)
     between = jnp.where(filled[..., None, :], between, 0)  # S is added to W where a token is
     carried = jnp.matmul(between, held[..., None], precision=_HIGHEST)[..., 0]
     written = jnp.matmul(between, added, precision=_HIGHEST)
@@ -67,24 +66,43 @@ def coefficients(
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def _products(x: jax.Array) -> jax.Array:
-    """[..., chunk] -> [..., chunk, chunk]: entry t, j is the product over l in (j, t], 0 for j > t.
+def _products(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x [..., chunk] multiplied from the start, and between any two steps.
+
+    [..., chunk]; [..., chunk, chunk]: entry t, j is the product over l in (j, t], 0 for j > t.
 
     Products of numbers in [0, 1] as they are: no quotient, no logarithm, 0 is a number as others.
+    Step t and an earlier one meet at the one level at which they are in the two halves of a block.
     """
-    row, column = jnp.mgrid[: x.shape[-1], : x.shape[-1]]
-    factors = jnp.where(row > column, x[..., :, None], 1)
-    return jnp.where(row >= column, jnp.cumprod(factors, axis=-2), 0)
+    chunk = x.shape[-1]
+    size = 1 << (chunk - 1).bit_length()
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - chunk)], constant_values=1)
+    i = jnp.arange(size)
+    row, column = i[:, None], i[None]
+    pairs = jnp.broadcast_to(jnp.eye(size, dtype=x.dtype), (*x.shape, size))
+    through = total = x  # of the block up to a step, and all of it
+    after = jnp.ones_like(x)  # of the block behind a step
+    half = 1
+    while half < size:
+        later = (i & half) != 0
+        meet = (row // half == column // half + 1) & later[:, None]
+        pairs = jnp.where(meet, through[..., :, None] * after[..., None, :], pairs)
+        halves = total.reshape(*x.shape[:-1], -1, 2, half)
+        other = jnp.flip(halves, axis=-2).reshape(x.shape)
+        through = jnp.where(later, through * other, through)
+        after = jnp.where(later, after, after * other)
+        total = total * other
+        half *= 2
+    return through[..., :chunk], pairs[..., :chunk, :chunk]
 
 
-def _by_token(step: jax.Array) -> jax.Array:
-    """[..., chunk, window] by lag -> [..., chunk, window - 1 + chunk] by token."""
+def _written(between: jax.Array, step: jax.Array) -> jax.Array:
+    """between [..., chunk, chunk] times the steps [..., chunk, window] along the gradient of the
+    token that came so many before: [..., chunk, window - 1 + chunk] by token."""
     chunk, window = step.shape[-2:]
+    if window == 1:
+        return between * jnp.swapaxes(step, -1, -2)
     row, column = jnp.mgrid[:chunk, : window - 1 + chunk]
     lag = row + window - 1 - column
-    found = jnp.take_along_axis(
-        step,
-        jnp.broadcast_to(jnp.clip(lag, 0, window - 1), (*step.shape[:-2], *lag.shape)),
-        axis=-1,
-    )
-    return jnp.where((lag >= 0) & (lag < window), found, 0)
+    by_token = sum(jnp.where(lag == n, step[..., n : n + 1], 0) for n in range(window))
+    return jnp.matmul(between, by_token, precision=_HIGHEST)

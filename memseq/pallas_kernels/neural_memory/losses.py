@@ -37,23 +37,27 @@ class Loss:
             raise ValueError(f"loss.power: expected at least 1, got {self.power!r}")
 
     def __call__(self, out: jax.Array, value: jax.Array, threshold: jax.Array | None) -> jax.Array:
-        """out, value [..., dim] and threshold [...] to [...]."""
+        """out, value [..., dim] and threshold [..., 1] to [..., 1]."""
         return self.scale * self._plain(out, value, threshold)
 
     def _plain(self, out, value, threshold):
         if self.kind == "dot":
-            return -jnp.sum(out * value, axis=-1)
+            return -_sum(out * value)
         r = out - value
         if self.kind == "lp":
-            return jnp.sum((r * r + SMOOTH) ** (self.power / 2), axis=-1)
+            return _sum((r * r + SMOOTH) ** (self.power / 2))
         if self.kind == "huber_each":
-            return jnp.sum(_huber(r * r, threshold[..., None]), axis=-1)
-        squares = jnp.sum(r * r, axis=-1)
+            return _sum(_huber(r * r, threshold))
+        squares = _sum(r * r)
         if self.kind == "huber":
             return _huber(squares, threshold)
         if self.kind == "robust":
             return squares / 2 + threshold * jnp.sqrt(squares + SMOOTH)
         return squares / 2
+
+
+def _sum(x):
+    return jnp.sum(x, axis=-1, keepdims=True)
 
 
 def _huber(squares: jax.Array, threshold: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """The memory: a small network whose weights are what is remembered."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -94,29 +94,35 @@ def through(weights: tuple[Layer, ...], precision) -> Callable[[int, jax.Array],
 def local_errors(
     memory: Memory,
     loss_of: Callable[[jax.Array], jax.Array],
-    weights: tuple[Layer, ...],
+    linear: Callable[[int, jax.Array], jax.Array],
+    widths: Sequence[int],
     affine: dict[str, jax.Array],
     key: jax.Array,
-    precision,
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Of every layer, its inputs [time, in] and the loss' gradients in its outputs [time, out].
+    """Of every layer, its inputs [..., in] and the loss' gradients in its outputs [..., out].
 
     A token's gradient in a layer's weight is the outer product of the two, in its bias the second:
-    nothing of the weights' size is made. loss_of(out [time, dim]) sums over the tokens.
+    nothing of the weights' size is made.
+
+    Args:
+        loss_of: out [..., dim] to the losses of the tokens.
+        linear: as of `forward`.
+        widths: out of every layer.
+        affine: as of `forward`.
+        key: [..., in].
     """
-    plain = through(weights, precision)
 
     def loss(moved):
         inputs = []
 
-        def linear(i, h):
+        def moving(i, h):
             inputs.append(h)
-            return plain(i, h) + moved[i]
+            return linear(i, h) + moved[i]
 
-        return loss_of(forward(memory, len(weights), linear, affine, key)), inputs
+        return loss_of(forward(memory, len(widths), moving, affine, key)), inputs
 
-    still = [jnp.zeros((*key.shape[:-1], w["weight"].shape[-1]), key.dtype) for w in weights]
+    still = [jnp.zeros((*key.shape[:-1], width), key.dtype) for width in widths]
     # inside shard_map, the gradient in what devices share would be summed over them
     *still, _ = vary_together((*still, key))
-    errors, inputs = jax.grad(loss, has_aux=True)(still)
-    return inputs, errors
+    losses, pull, inputs = jax.vjp(loss, still, has_aux=True)
+    return inputs, pull(jnp.ones_like(losses))[0]

@@ -36,7 +36,8 @@ def reference(
 
         def pair_loss(weights):
             out = forward(memory, len(weights), through(weights, precision), affine, key)
-            return loss(out, value, threshold)
+            each = None if threshold is None else threshold[None]
+            return loss(out, value, each).sum()
 
         return jax.grad(pair_loss)(weights)
 

@@ -19,7 +19,7 @@ TINY = 1e-24
 
 @dataclasses.dataclass(frozen=True)
 class Retention:
-    """A map of every weight matrix A [in, out]; biases stay as they are.
+    """A map of every weight matrix A [..., in, out]; biases stay as they are.
 
     At the borders of update chunks A is replaced:
     "clamp": A min(1, amount / |A|), the Frobenius norm kept below `amount`.
@@ -68,20 +68,24 @@ class Retention:
 
     def _border(self, a, first):
         if self.kind == "clamp":
-            return a * (self.amount * jax.lax.rsqrt(jnp.maximum(jnp.sum(a * a), self.amount**2)))
+            return a * (self.amount * jax.lax.rsqrt(jnp.maximum(_squares(a), self.amount**2)))
         if self.kind == "elastic":
             return jnp.sign(a) * jnp.maximum(jnp.abs(a) - self.amount, 0)
         if self.kind in ("sphere", "row_norm"):
-            a = a * jax.lax.rsqrt(jnp.sum(a * a, axis=0) + TINY)
-            return a if self.kind == "sphere" else a * jnp.sqrt(jnp.sum(first**2, axis=0) + TINY)
+            a = a * jax.lax.rsqrt(_squares(a, -2) + TINY)
+            return a if self.kind == "sphere" else a * jnp.sqrt(_squares(first, -2) + TINY)
         return a
 
     def factor(self, a: jax.Array) -> jax.Array:
-        """What A [in, out] is multiplied with, in a chunk that starts at `a`, where `scales`."""
+        """What A [..., in, out] is multiplied with, in a chunk that starts at `a`, where `scales`.
+
+        [..., 1, 1].
+        """
         if self.kind == "lq":
             q = self.amount
-            return (jnp.sum((a * a + TINY) ** (q / 2)) + TINY) ** (-(q - 2) / q)
-        return jnp.ones((), a.dtype)
+            powers = jnp.sum((a * a + TINY) ** (q / 2), axis=(-2, -1), keepdims=True)
+            return (powers + TINY) ** (-(q - 2) / q)
+        return jnp.ones((1, 1), a.dtype)
 
     def view(self, layers: tuple[Layer, ...], start: tuple[Layer, ...]) -> tuple[Layer, ...]:
         """The network's weights for A = `layers`, in a chunk that starts at `start`."""
@@ -97,3 +101,7 @@ class Retention:
     def soft(self, a: jax.Array) -> jax.Array:
         """size * softmax over the inputs of each output, for A [..., in, out]."""
         return self.amount * jax.nn.softmax(a, axis=-2)
+
+
+def _squares(a, axis=(-2, -1)):
+    return jnp.sum(a * a, axis=axis, keepdims=True)
