@@ -6,6 +6,8 @@ y, state = layer.apply(params, x)
 y, state = layer.apply(params, more, state)          # goes on where it stopped
 """
 
+from memseq.layers.attention.differential_attention import DifferentialAttention
+from memseq.layers.attention.path_attention import PathAttention
 from memseq.layers.attention.softmax_attention import (
     ForgettingAttention,
     SlidingWindowAttention,
@@ -87,6 +89,8 @@ REGISTRY = {
     "softmax_attention": SoftmaxAttention,
     "sliding_window_attention": SlidingWindowAttention,
     "forgetting_attention": ForgettingAttention,
+    "path_attention": PathAttention,
+    "differential_attention": DifferentialAttention,
     "linear_attention": LinearAttention,
     "based": Based,
     "gated_linear_attention": GatedLinearAttention,
@@ -219,6 +223,7 @@ __all__ = [
     "DeltaNet",
     "DeltaProduct",
     "DenseAssociativeMemory",
+    "DifferentialAttention",
     "ELMNeuron",
     "EchoState",
     "EnergyTransformerBlock",
@@ -258,6 +263,7 @@ __all__ = [
     "NeuralMemory",
     "OjaRule",
     "OmegaNet",
+    "PathAttention",
     "PolarizedMamba",
     "PreconditionedGatedDeltaNet",
     "PreconditionedKimiDeltaAttention",

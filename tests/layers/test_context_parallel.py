@@ -23,7 +23,8 @@ from memseq.partitioning import make_mesh
 # Their memory is no linear state, or they look across time beside their operations.
 ALONE = set(
     """
-    softmax_attention sliding_window_attention forgetting_attention mixture_of_memories bmojo
+    softmax_attention sliding_window_attention forgetting_attention path_attention
+    differential_attention mixture_of_memories bmojo
     log_linear_mamba2 log_linear_gated_delta_net
     mem_mamba slstm lstm gru lem wave_rnn elm_neuron echo_state reservoir_memory neural_memory
     titans_lmm titans_mac titans_mag titans_mal moneta yaad memora ttt_linear ttt_mlp omega_net

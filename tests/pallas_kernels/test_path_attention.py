@@ -125,11 +125,8 @@ def oracle(
     return out, after
 
 
-def others_slow(names, default):
-    return [pytest.param(name, marks=[] if name in default else pytest.mark.slow) for name in names]
-
-
-@pytest.mark.parametrize("name", others_slow(CASES, ["keys from before"]))
+@pytest.mark.slow  # by default tests/layers hold the layer against its equation, and its forms
+@pytest.mark.parametrize("name", CASES)
 def test_forms_agree(name):
     inputs, options, rng = CASES[name]
     check_agreement(path_attention, oracle, inputs, options, rng)

@@ -1,5 +1,7 @@
 """The key-value cache of softmax attention, as a layer's state."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -12,7 +14,7 @@ class SoftmaxAttentionState:
     """Keys and values of the segment that goes on.
 
     Attributes:
-        key, value: [batch, slots, kv_heads, head_dim]; keys as attention reads them (rotated).
+        key, value: [batch, slots, heads, dim]; keys as attention reads them (rotated, or moved).
         log_forget: float32 [batch, slots, heads], log forget gates; [batch, slots, 0] without.
         position: int32 [batch, slots], position of a slot's token in its segment, -1 if empty.
         length: int32 [batch], positions of the segment so far.
@@ -31,11 +33,42 @@ class SoftmaxAttentionState:
     grows: bool = struct.field(pytree_node=False, default=False)
 
 
-def empty_cache(batch, slots, heads, head_dim, gates, conv, dtype, grows) -> SoftmaxAttentionState:
+class Sizes(NamedTuple):
+    """Heads of queries, keys and values, and sizes of a key (as of a query) and of a value."""
+
+    heads: int
+    key_heads: int
+    key_dim: int
+    value_heads: int
+    value_dim: int
+
+
+class Seen(NamedTuple):
+    """Keys and values that the queries of one call may see, and where all of them stand.
+
+    Attributes:
+        keys, values: [batch, keys, heads, dim].
+        log_forget: float32 [batch, keys, heads], or [batch, keys, 0] without forget gates.
+        query_positions, query_segments: int32 [batch, time]; segments as the operation takes them.
+        key_positions, key_segments: int32 [batch, keys].
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    log_forget: jax.Array
+    query_positions: jax.Array
+    key_positions: jax.Array
+    query_segments: jax.Array
+    key_segments: jax.Array
+
+
+def empty_cache(
+    batch, slots, sizes: Sizes, gates, conv, key_dtype, dtype, grows
+) -> SoftmaxAttentionState:
     """A cache of `slots` positions with nothing in it."""
     return SoftmaxAttentionState(
-        key=jnp.zeros((batch, slots, heads, head_dim), dtype),
-        value=jnp.zeros((batch, slots, heads, head_dim), dtype),
+        key=jnp.zeros((batch, slots, sizes.key_heads, sizes.key_dim), key_dtype),
+        value=jnp.zeros((batch, slots, sizes.value_heads, sizes.value_dim), dtype),
         log_forget=jnp.zeros((batch, slots, gates), jnp.float32),
         position=jnp.full((batch, slots), -1, jnp.int32),
         length=jnp.zeros((batch,), jnp.int32),

@@ -1,12 +1,19 @@
 """Softmax attention with a key-value cache."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from memseq.layers.attention.cache import SoftmaxAttentionState, empty_cache, grown, store
+from memseq.layers.attention.cache import (
+    Seen,
+    Sizes,
+    SoftmaxAttentionState,
+    empty_cache,
+    grown,
+    store,
+)
 from memseq.layers.common.base import SequenceLayer, enter, leave
 from memseq.layers.common.parts import (
     RMSNorm,
@@ -65,17 +72,18 @@ class SoftmaxAttention(SequenceLayer):
     PAPER: ClassVar[str] = "Vaswani et al. 2017, arXiv:1706.03762"
     MEMORY: ClassVar[str] = "keys and values 2 x [positions, kv_heads, head_dim]"
     OPERATION: ClassVar[str] = "attention"
+    MOVES_KEYS: ClassVar[bool] = False  # keys of the past change with every step
 
     def setup(self):
-        kv_heads, head_dim = self._dims()
-        if self.rope and head_dim % 2:
-            raise ValueError(f"head_dim: rotary positions need an even size, got {head_dim}")
-        self.query = self.dense(self.heads * head_dim)
-        self.key = self.dense(kv_heads * head_dim)
-        self.value = self.dense(kv_heads * head_dim)
+        sizes = self.sizes()
+        if self.rope and sizes.key_dim % 2:
+            raise ValueError(f"head_dim: rotary positions need an even size, got {sizes.key_dim}")
+        self.query = self.dense(sizes.heads * sizes.key_dim)
+        self.key = self.dense(sizes.key_heads * sizes.key_dim)
+        self.value = self.dense(sizes.value_heads * sizes.value_dim)
         self.conv = ShortConv(
             self.conv_width,
-            self._channels(),
+            self.conv_channels(),
             activation="silu" if self.conv_width else None,
             implementation=self.plain_implementation(),
             param_dtype=self.param_dtype,
@@ -87,12 +95,12 @@ class SoftmaxAttention(SequenceLayer):
             self.sink = self.param("sink_logits", nn.initializers.zeros, (self.heads,), jnp.float32)
         if self.forget_gate:
             self.forget = self.dense(self.heads, use_bias=True)
-        self.gate = self.dense(self.heads * head_dim) if self.output_gate else None
+        self.gate = self.dense(self.heads * sizes.value_dim) if self.output_gate else None
         self.output = self.dense(self.features)
 
     @nn.nowrap
-    def _dims(self) -> tuple[int, int]:
-        """(key-value heads, size per head)."""
+    def sizes(self) -> Sizes:
+        """Of queries, keys and values; `kv_heads` and `head_dim` with their defaults."""
         kv_heads = self.heads if self.kv_heads is None else self.kv_heads
         if kv_heads < 1 or self.heads % kv_heads:
             raise ValueError(
@@ -105,17 +113,24 @@ class SoftmaxAttention(SequenceLayer):
                 "sink_tokens: expected 0 with forget_gate, which would have to know every gate "
                 f"since, got {self.sink_tokens}"
             )
-        return kv_heads, self.split_features("head_dim", self.head_dim)
+        head_dim = self.split_features("head_dim", self.head_dim)
+        return Sizes(self.heads, kv_heads, head_dim, kv_heads, head_dim)
 
     @nn.nowrap
-    def _channels(self) -> int:
-        kv_heads, head_dim = self._dims()
-        return (self.heads + 2 * kv_heads) * head_dim
+    def conv_channels(self) -> int:
+        """Channels of the short convolution."""
+        return sum(self._split())
+
+    @nn.nowrap
+    def _split(self) -> tuple[int, int, int]:
+        """Channels of queries, keys and values."""
+        sizes = self.sizes()
+        keys = sizes.key_heads * sizes.key_dim
+        return sizes.heads * sizes.key_dim, keys, sizes.value_heads * sizes.value_dim
 
     @nn.nowrap
     def init_state(self, batch: int, context: int | None = None) -> SoftmaxAttentionState:
         """An empty cache of `context` positions; None is a cache that grows from nothing."""
-        kv_heads, head_dim = self._dims()
         dtype = self.activation_dtype()
         check_count("context", context, 0, optional=True)
         slots = 0 if context is None else context
@@ -124,10 +139,10 @@ class SoftmaxAttention(SequenceLayer):
         return empty_cache(
             batch,
             slots,
-            kv_heads,
-            head_dim,
+            self.sizes(),
             self.heads if self.forget_gate else 0,
-            conv_tail(batch, self.conv_width, self._channels(), dtype),
+            conv_tail(batch, self.conv_width, self.conv_channels(), dtype),
+            jnp.float32 if self.MOVES_KEYS else dtype,
             dtype,
             grows=context is None and self.window is None,
         )
@@ -140,9 +155,13 @@ class SoftmaxAttention(SequenceLayer):
         return mixed, jnp.zeros((*x.shape[:2], 0), jnp.float32)
 
     def mix(self, inputs, state, segment_ids):
-        inputs, log_forget = inputs
+        out, state, _ = self.read(inputs, state, segment_ids)
+        return out, state
+
+    def read(self, inputs, state, segment_ids) -> tuple[jax.Array, SoftmaxAttentionState, Seen]:
+        """What `mix` gives, and what its queries saw."""
+        inputs, log_forget, *more = inputs
         batch, time = inputs.shape[:2]
-        kv_heads, head_dim = self._dims()
         # a cache's size is the state's own affair: compare with an empty one of the same size
         slots = state.position.shape[1] if isinstance(state, SoftmaxAttentionState) else None
         if slots is not None and state.grows:
@@ -152,12 +171,7 @@ class SoftmaxAttention(SequenceLayer):
         first_call = state is None
         state = enter(state, fresh, segment_ids)
 
-        mixed, conv = self.conv(inputs, state.conv, segment_ids)
-        size = self.heads * head_dim
-        query, key, value = jnp.split(mixed, [size, size + kv_heads * head_dim], axis=-1)
-        query, key = split_heads(query, self.heads), split_heads(key, kv_heads)
-        value = split_heads(value, kv_heads)
-
+        (query, key, value, *moves), conv = self.convolve(inputs, state.conv, segment_ids)
         segs = Segments(jnp.ones((batch, time), bool), jnp.zeros((batch, time), jnp.int32))
         if segment_ids is not None:
             segs = segments(segment_ids)
@@ -169,28 +183,26 @@ class SoftmaxAttention(SequenceLayer):
         if self.rope:
             query = rotate(query, position, self.rope_base)
             key = rotate(key, position, self.rope_base)
+        if self.MOVES_KEYS:
+            key = widen(key)
 
-        keys, values, gates, key_positions, key_segments = key, value, log_forget, position, ids
+        seen = Seen(key, value, log_forget, position, position, ids, ids)
         if not first_call:
             held = jnp.where(state.position >= 0, 0, -1)
-            keys = jnp.concatenate([state.key.astype(key.dtype), key], axis=1)
-            values = jnp.concatenate([state.value.astype(value.dtype), value], axis=1)
-            gates = jnp.concatenate([state.log_forget.astype(gates.dtype), gates], axis=1)
-            key_positions = jnp.concatenate([state.position, position], axis=1)
-            key_segments = jnp.concatenate([held, ids], axis=1)
-        out = self.attend(
-            query,
-            keys,
-            values,
-            window=self.window,
-            sinks=self.sink if self.sinks else None,
-            sink_tokens=self.sink_tokens,
-            log_forget=gates if self.forget_gate else None,
-            query_positions=position,
-            key_positions=key_positions,
-            query_segments=ids,
-            key_segments=key_segments,
-        )
+            seen = Seen(
+                jnp.concatenate([state.key.astype(key.dtype), key], axis=1),
+                jnp.concatenate([state.value.astype(value.dtype), value], axis=1),
+                jnp.concatenate([state.log_forget.astype(log_forget.dtype), log_forget], axis=1),
+                position,
+                jnp.concatenate([state.position, position], axis=1),
+                ids,
+                jnp.concatenate([held, ids], axis=1),
+            )
+        out = self.attend(query, seen.keys, seen.values, *moves, *more, **self.options(seen))
+        if self.MOVES_KEYS:
+            out, moved = out
+            before, key = jnp.split(moved, [moved.shape[1] - time], axis=1)
+            state = state if first_call else state.replace(key=before.astype(state.key.dtype))
         if state.grows:
             state = grown(state, time)
         elif self.window is None:
@@ -207,10 +219,42 @@ class SoftmaxAttention(SequenceLayer):
             self.window,
             self.sink_tokens,
         )
-        return out, state.replace(conv=conv, segment=leave(state, segment_ids))
+        return out, state.replace(conv=conv, segment=leave(state, segment_ids)), seen
 
-    def attend(self, query: jax.Array, keys: jax.Array, values: jax.Array, **options) -> jax.Array:
-        """The operation `attention` on this call's queries and all keys and values there are."""
+    def convolve(self, mixed: jax.Array, tail: jax.Array, segment_ids: jax.Array | None):
+        """What `project` gave, by heads after the short convolution, and the convolution's tail."""
+        mixed, tail = self.conv(mixed, tail, segment_ids)
+        return self.split(mixed), tail
+
+    def split(self, mixed: jax.Array) -> tuple[jax.Array, ...]:
+        """Query, key, value [batch, time, heads, dim], side by side in `mixed`."""
+        query, keys, _ = self._split()
+        sizes = self.sizes()
+        query, key, value = jnp.split(mixed, [query, query + keys], axis=-1)
+        return (
+            split_heads(query, sizes.heads),
+            split_heads(key, sizes.key_heads),
+            split_heads(value, sizes.value_heads),
+        )
+
+    def options(self, seen: Seen) -> dict[str, Any]:
+        """What `attend` is told beside query, keys and values."""
+        return {
+            "window": self.window,
+            "sinks": self.sink if self.sinks else None,
+            "sink_tokens": self.sink_tokens,
+            "log_forget": seen.log_forget if self.forget_gate else None,
+            "query_positions": seen.query_positions,
+            "key_positions": seen.key_positions,
+            "query_segments": seen.query_segments,
+            "key_segments": seen.key_segments,
+        }
+
+    def attend(self, query: jax.Array, keys: jax.Array, values: jax.Array, **options) -> Any:
+        """The operation `attention` on this call's queries and all keys and values there are.
+
+        A layer that `MOVES_KEYS` returns the read-out and all keys as they are after the call.
+        """
         return attention(query, keys, values, implementation=self.implementation, **options)
 
     def finish(self, x: jax.Array, out: jax.Array) -> jax.Array:
