@@ -72,6 +72,8 @@ from memseq.layers.recurrent.lstm import GRU, LSTM, SLSTM
 from memseq.layers.recurrent.mlstm import MLSTM
 from memseq.layers.recurrent.reservoir import EchoState, ReservoirMemory
 from memseq.layers.recurrent.wave_rnn import WaveRNN
+from memseq.layers.shared.cross_decoder_attention import CrossDecoderAttention, SharedAttention
+from memseq.layers.shared.gated_memory_unit import GatedMemoryUnit, SharedMemory
 from memseq.layers.state_space.eidetic import BMojo, MemMamba
 from memseq.layers.state_space.h3 import H3
 from memseq.layers.state_space.hippo_memory import HiPPOMemory
@@ -91,6 +93,7 @@ REGISTRY = {
     "forgetting_attention": ForgettingAttention,
     "path_attention": PathAttention,
     "differential_attention": DifferentialAttention,
+    "shared_attention": SharedAttention,
     "linear_attention": LinearAttention,
     "based": Based,
     "gated_linear_attention": GatedLinearAttention,
@@ -116,6 +119,7 @@ REGISTRY = {
     "preconditioned_kimi_delta_attention": PreconditionedKimiDeltaAttention,
     "mesa_net": MesaNet,
     "mixture_of_memories": MixtureOfMemories,
+    "shared_memory": SharedMemory,
     "log_linear_mamba2": LogLinearMamba2,
     "log_linear_gated_delta_net": LogLinearGatedDeltaNet,
     "rwkv7": RWKV7,
@@ -164,6 +168,11 @@ REGISTRY = {
     "titans_mal": TitansMAL,
     "titans_mac": TitansMAC,
 }
+# Layers of a model that read what a layer below them left in `shared`.
+SHARED_LAYERS = {
+    "cross_decoder_attention": CrossDecoderAttention,
+    "gated_memory_unit": GatedMemoryUnit,
+}
 # Layers of sets: y = layer(x[, mask]).
 SET_LAYERS = {
     "bidirectional_s5": BidirectionalS5,
@@ -210,6 +219,7 @@ __all__ = [
     "S4D",
     "S5",
     "SET_LAYERS",
+    "SHARED_LAYERS",
     "SLSTM",
     "SMR",
     "TTTMLP",
@@ -220,6 +230,7 @@ __all__ = [
     "BinaryMemory",
     "ClassicalHopfield",
     "Comba",
+    "CrossDecoderAttention",
     "DeltaNet",
     "DeltaProduct",
     "DenseAssociativeMemory",
@@ -231,6 +242,7 @@ __all__ = [
     "GatedDeltaNet2",
     "GatedDeltaProduct",
     "GatedLinearAttention",
+    "GatedMemoryUnit",
     "GatedSlotAttention",
     "GeneralizedSparseHopfield",
     "Hawk",
@@ -273,6 +285,8 @@ __all__ = [
     "Retention",
     "STanHopBlock",
     "SequenceLayer",
+    "SharedAttention",
+    "SharedMemory",
     "SimpleGatedLinearAttention",
     "SlidingWindowAttention",
     "SoftmaxAttention",

@@ -3,7 +3,7 @@
 import argparse
 import importlib
 
-from memseq.layers import CHANNEL_LAYERS, CROSS_LAYERS, REGISTRY, SET_LAYERS
+from memseq.layers import CHANNEL_LAYERS, CROSS_LAYERS, REGISTRY, SET_LAYERS, SHARED_LAYERS
 
 
 def rows(features: int, context: int) -> list[dict[str, str]]:
@@ -11,6 +11,7 @@ def rows(features: int, context: int) -> list[dict[str, str]]:
     found = []
     for kind, registry in (
         ("causal", REGISTRY),
+        ("shared", SHARED_LAYERS),
         ("set", SET_LAYERS),
         ("channel", CHANNEL_LAYERS),
         ("cross", CROSS_LAYERS),

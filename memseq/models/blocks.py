@@ -1,6 +1,7 @@
 """A block (norm, mixer, residual, norm, channel layer, residual) and a stack of repeated blocks."""
 
 import dataclasses
+from collections import ChainMap
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -8,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from memseq.layers import CHANNEL_LAYERS, REGISTRY, SequenceLayer
+from memseq.layers import CHANNEL_LAYERS, REGISTRY, SHARED_LAYERS, SequenceLayer
 from memseq.layers.common.parts import RMSNorm
 from memseq.pallas_kernels.common.checks import check_choice
 
@@ -18,6 +19,7 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
+MIXERS = ChainMap(REGISTRY, SHARED_LAYERS)
 _NOT_OPTIONS = {"features", "name", "parent"}
 _DEPTH = ("layer_index", "num_layers")
 
@@ -58,7 +60,7 @@ class Block(nn.Module):
     """Pre-norm residual block around one mixer of the registry and one channel layer.
 
     Attributes:
-        mixer: name in `memseq.layers.REGISTRY`.
+        mixer: name in `memseq.layers.REGISTRY` or `SHARED_LAYERS`.
         options: constructor options of the mixer.
         depth: (index, number) of this block in the model, for mixers that depend on it.
         channel: "swiglu", a name in `memseq.layers.CHANNEL_LAYERS`, or None for none.
@@ -88,7 +90,7 @@ class Block(nn.Module):
 
     @nn.nowrap
     def make_mixer(self) -> SequenceLayer:
-        check_choice("pattern", self.mixer, REGISTRY)
+        check_choice("pattern", self.mixer, MIXERS)
         options = {
             "implementation": self.implementation,
             "dtype": self.dtype,
@@ -100,7 +102,7 @@ class Block(nn.Module):
         if known := _options_of(self.mixer):
             for name in options:
                 check_choice(f"mixers.{self.mixer}", name, sorted(known))
-        return REGISTRY[self.mixer](self.features, **options)
+        return MIXERS[self.mixer](self.features, **options)
 
     def __call__(self, x, state, segment_ids, shared):
         shared = jax.tree.map(lambda a: a, shared)  # the caller keeps its own
@@ -113,7 +115,7 @@ class Block(nn.Module):
 
 def _options_of(mixer: str) -> set[str]:
     """The options of a mixer's constructor, empty for one that does not tell."""
-    constructor = REGISTRY[mixer]
+    constructor = MIXERS[mixer]
     if not dataclasses.is_dataclass(constructor):
         return set()
     return {f.name for f in dataclasses.fields(constructor)} - _NOT_OPTIONS
@@ -121,7 +123,7 @@ def _options_of(mixer: str) -> set[str]:
 
 def depends_on_depth(mixer: str) -> bool:
     """True for a mixer that is not the same in every layer, or uses what another layer computed."""
-    return "layer_index" in _options_of(mixer) or getattr(REGISTRY[mixer], "SHARES", False)
+    return "layer_index" in _options_of(mixer) or getattr(MIXERS[mixer], "SHARES", False)
 
 
 class _Group(nn.Module):
@@ -199,7 +201,7 @@ class Stack(nn.Module):
     @nn.nowrap
     def scanned(self) -> int:
         """Steps of the scan over repeats: 1 where the repeats are written out."""
-        known = [mixer for mixer in self.pattern if mixer in REGISTRY]
+        known = [mixer for mixer in self.pattern if mixer in MIXERS]
         return 1 if any(map(depends_on_depth, known)) else self.repeats
 
     @nn.compact

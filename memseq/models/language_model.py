@@ -21,7 +21,8 @@ class LanguageModel(nn.Module):
     Attributes:
         vocab_size: number of tokens.
         features: width of the residual stream.
-        pattern: names of mixers in `memseq.layers.REGISTRY`, one a block.
+        pattern: names of mixers in `memseq.layers.REGISTRY`, one a block; above a layer that shares
+            what it holds, also in `memseq.layers.SHARED_LAYERS`.
         repeats: how often the pattern is repeated; repeats are scanned.
         mixers: constructor options by mixer name.
         channel: channel layer of every block, None for none.

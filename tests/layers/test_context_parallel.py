@@ -24,7 +24,7 @@ from memseq.partitioning import make_mesh
 ALONE = set(
     """
     softmax_attention sliding_window_attention forgetting_attention path_attention
-    differential_attention mixture_of_memories bmojo
+    differential_attention shared_attention mixture_of_memories bmojo
     log_linear_mamba2 log_linear_gated_delta_net
     mem_mamba slstm lstm gru lem wave_rnn elm_neuron echo_state reservoir_memory neural_memory
     titans_lmm titans_mac titans_mag titans_mal moneta yaad memora ttt_linear ttt_mlp omega_net
