@@ -1,7 +1,7 @@
 """RWKV-7 of 0.4B parameters.
 
 What: the second smallest model of Peng et al. 2025, arXiv:2503.14456: 24 layers of width 1024 with
-heads of 64. Its channel mixing is SwiGLU here, of the same size.
+heads of 64, each with its channel mixing, which has a state and so a block of its own.
 
     memseq train --config=configs/lm/rwkv7_04b.py --workdir=runs/rwkv7_04b
     memseq train --config=configs/lm/rwkv7_04b.py:smoke --workdir=runs/smoke
@@ -20,7 +20,8 @@ from memseq import config as configs
 
 def get_config(variant: str = "") -> ConfigDict:
     config = configs.load(f"{Path(__file__).with_name('bytes.py')}:{variant}")
-    config.model.pattern = ("rwkv7",)
+    config.model.pattern = ("rwkv7", "rwkv_channel_mix")
+    config.model.channel = ""
     config.model.mixers = ConfigDict(
         {
             "rwkv7": {
@@ -39,7 +40,6 @@ def get_config(variant: str = "") -> ConfigDict:
         vocab_size=65536,
         features=1024,
         repeats=24,
-        hidden_ratio=4.0,
         tie_embeddings=False,
         dtype="bfloat16",
         remat="dots",

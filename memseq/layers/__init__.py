@@ -15,6 +15,8 @@ from memseq.layers.attention.softmax_attention import (
 )
 from memseq.layers.common.base import SequenceLayer
 from memseq.layers.common.context_parallel import context_parallel
+from memseq.layers.convolution.gated_convolution import GatedConvolution
+from memseq.layers.convolution.rwkv_channel_mix import RWKVChannelMix
 from memseq.layers.delta_rule.comba import Comba
 from memseq.layers.delta_rule.delta_net import DeltaNet
 from memseq.layers.delta_rule.delta_product import DeltaProduct, GatedDeltaProduct
@@ -123,6 +125,8 @@ REGISTRY = {
     "log_linear_mamba2": LogLinearMamba2,
     "log_linear_gated_delta_net": LogLinearGatedDeltaNet,
     "rwkv7": RWKV7,
+    "rwkv_channel_mix": RWKVChannelMix,
+    "gated_convolution": GatedConvolution,
     "mamba": Mamba,
     "polarized_mamba": PolarizedMamba,
     "mamba2": Mamba2,
@@ -215,6 +219,7 @@ __all__ = [
     "RGLRU",
     "RWKV6",
     "RWKV7",
+    "RWKVChannelMix",
     "S4",
     "S4D",
     "S5",
@@ -238,6 +243,7 @@ __all__ = [
     "ELMNeuron",
     "EchoState",
     "EnergyTransformerBlock",
+    "GatedConvolution",
     "GatedDeltaNet",
     "GatedDeltaNet2",
     "GatedDeltaProduct",

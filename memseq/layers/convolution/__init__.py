@@ -1,0 +1,1 @@
+"""Layers that remember the last few tokens alone, in a short convolution."""
