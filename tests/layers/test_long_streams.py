@@ -8,8 +8,15 @@ import pytest
 from memseq.layers import REGISTRY
 
 TOKENS, COMPARED, FEATURES = 100_000, 2_000, 16
-# memories with a transition a token; those that solve or train at every token take minutes each
-OPERATIONS = ("linear_attention", "delta_rule", "diagonal_plus_low_rank")
+# memories with a transition a token; those that train at every token take minutes each
+OPERATIONS = (
+    "linear_attention",
+    "delta_rule",
+    "diagonal_plus_low_rank",
+    "momentum_delta_rule",
+    "ridge_readout",
+    "log_linear_attention",
+)
 NAMES = [name for name, layer in REGISTRY.items() if layer.OPERATION in OPERATIONS]
 
 
