@@ -9,6 +9,7 @@ from memseq.pallas_kernels.hopfield_retrieve import hopfield_retrieve
 from memseq.pallas_kernels.linear_attention import linear_attention
 from memseq.pallas_kernels.linear_scan import linear_scan
 from memseq.pallas_kernels.log_linear_attention import log_linear_attention
+from memseq.pallas_kernels.mlstm import mlstm
 from memseq.pallas_kernels.momentum_delta_rule import momentum_delta_rule
 from memseq.pallas_kernels.neural_memory import neural_memory
 from memseq.pallas_kernels.path_attention import path_attention
@@ -26,6 +27,7 @@ __all__ = [
     "linear_attention",
     "linear_scan",
     "log_linear_attention",
+    "mlstm",
     "momentum_delta_rule",
     "neural_memory",
     "path_attention",

@@ -50,6 +50,8 @@ from memseq.pallas_kernels.linear_scan import shapes as linear_scan_shapes
 from memseq.pallas_kernels.log_linear_attention import FORMS as LOG_LINEAR_ATTENTION
 from memseq.pallas_kernels.log_linear_attention import log_linear_attention
 from memseq.pallas_kernels.log_linear_attention import shapes as log_linear_attention_shapes
+from memseq.pallas_kernels.mlstm import mlstm
+from memseq.pallas_kernels.mlstm import shapes as mlstm_shapes
 from memseq.pallas_kernels.momentum_delta_rule import FORMS as MOMENTUM_DELTA_RULE
 from memseq.pallas_kernels.momentum_delta_rule import momentum_delta_rule
 from memseq.pallas_kernels.momentum_delta_rule import shapes as momentum_delta_rule_shapes
@@ -72,7 +74,7 @@ TARGETS = """\
 Wanted of the chunked forms on a CPU at the default sizes: linear_attention within 5x of the floor,
 delta_rule within 6x, each at least 4x faster than its reference; with --decay=channel within 10x
 and 15x, diagonal_plus_low_rank within 15x; neural_memory within 3x with one head of 128;
-linear_scan within 4x at time 16384 with 4 heads of 64."""
+mlstm within 6x; linear_scan within 4x at time 16384 with 4 heads of 64."""
 DECAYS = {"none": None, "step": "step", "channel": "channel"}  # of linear attention and delta rule
 KERNELS = {"tpu": "mosaic_tpu", "gpu": "mosaic_gpu"}
 
@@ -150,6 +152,12 @@ OPERATIONS = {
         neural_memory_shapes,
         lambda a: neural_memory_shapes.Shape(a.batch, a.time, a.heads, a.dim),
         chunks="update_chunk",
+    ),
+    "mlstm": Operation(
+        mlstm,
+        dataclasses.replace(LINEAR_ATTENTION, name="mlstm", mosaic_tpu=None, mosaic_gpu=None),
+        mlstm_shapes,
+        lambda a: mlstm_shapes.Shape(a.batch, a.time, a.heads, a.dim, a.dim),
     ),
     "linear_scan": Operation(
         linear_scan,

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from memseq.layers import MLSTM
-from memseq.layers.recurrent.mlstm import normalized, one_after_another, stabilized
 from memseq.pallas_kernels import linear_attention
+from memseq.pallas_kernels import mlstm as mlstm_memory
+from memseq.pallas_kernels.mlstm.api import one_after_another
 from tests.layers.harness import (
     FEATURES,
     IDS,
@@ -70,19 +71,18 @@ def example(gate=1.0, time=33, heads=3, key_dim=4, value_dim=5):
 
 
 def cell(query, key, value, log_input, forget, memory, level, implementation="chunked"):
-    """The layer's cell: (out, memory in true scale)."""
-    write, decay, levels, last = stabilized(log_input, jax.nn.log_sigmoid(forget), level, None)
-    value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], -1)
-    out, memory = linear_attention(
+    """(out, memory in true scale)."""
+    out, (memory, last) = mlstm_memory(
         query,
-        jnp.exp(write)[..., None] * key,
+        key,
         value,
-        decay,
-        initial_state=memory,
+        log_input,
+        jax.nn.log_sigmoid(forget),
+        initial_state=(memory, level),
         chunk_size=8,
         implementation=implementation,
     )
-    return normalized(out, levels), memory * jnp.exp(last)[..., None, None]
+    return out, memory * jnp.exp(last)[..., None, None]
 
 
 def plain_cell(query, key, value, log_input, forget, memory, level):
