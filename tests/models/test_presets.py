@@ -20,7 +20,14 @@ PRESETS = {
     "deltaproduct": (392_318_976, 392, 13_320_288),
     "kda_hybrid": (350_944_656, None, 60_149_880),
     "samba": (1_354_095_360, 1_300, 172_846_188),
+    "sambay": (1_129_306_688, None, 6_642_004),
+    "mom_380m": (512_352_192, None, 128_041_536),
+    "hybrid": (379_368_096, None, 61_329_528),
 }
+
+# what configs/lm/hybrid.py mixes with
+PARTNERS = ["softmax_attention", "sliding_window_attention", "forgetting_attention"]
+PARTNERS += ["path_attention", "differential_attention"]
 
 
 def model_of(name):
@@ -50,3 +57,15 @@ def test_smoke_variant_is_small_and_runs(name):
     logits, params = jax.eval_shape(run, jax.random.key(0))
     assert logits.shape == (1, 8, 257)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) < 1_000_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("partner", PARTNERS)
+def test_partners_of_the_hybrid(partner):
+    """Eighteen layers and six of the attention asked for; windows bound the state."""
+    model = model_of(f"hybrid.py:{partner}")
+    assert model.pattern * model.repeats == (("gated_delta_net",) * 3 + (partner,)) * 6
+    tokens = jax.ShapeDtypeStruct((1, 16), jnp.int32)
+    jax.eval_shape(model.init, jax.random.key(0), tokens)
+    grows = model.state_bytes(1, 8192) > model.state_bytes(1, 4096)
+    assert grows == (partner != "sliding_window_attention")
