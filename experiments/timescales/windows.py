@@ -122,7 +122,7 @@ def main() -> None:
                 "accuracy": [round(float(a), 3) for a in accuracy],
                 "cpu_seconds": clock.seconds(),
             }
-            record(line, ("study", "task", "memory", "seed"), args.out)
+            record(line, ("study", "task", "memory", "seed", "steps"), args.out)
             print(f"{name}, {label}: up to N = {line['solved']}, {line['cpu_seconds']} s")
 
 
