@@ -66,7 +66,7 @@ from memseq.layers.readout.prefix_linear_attention import PrefixLinearAttention
 from memseq.layers.recurrent.bilinear import BilinearRNN
 from memseq.layers.recurrent.elm import ELMNeuron
 from memseq.layers.recurrent.ffm import FFM
-from memseq.layers.recurrent.gated import HGRN, MinGRU, MinLSTM
+from memseq.layers.recurrent.gated import HGRN, ComplexHGRN, MinGRU, MinLSTM
 from memseq.layers.recurrent.griffin import RGLRU, Hawk
 from memseq.layers.recurrent.lem import LEM
 from memseq.layers.recurrent.lmu import LMU
@@ -148,6 +148,7 @@ REGISTRY = {
     "min_gru": MinGRU,
     "min_lstm": MinLSTM,
     "hgrn": HGRN,
+    "complex_hgrn": ComplexHGRN,
     "mlstm": MLSTM,
     "slstm": SLSTM,
     "lstm": LSTM,
@@ -235,6 +236,7 @@ __all__ = [
     "BinaryMemory",
     "ClassicalHopfield",
     "Comba",
+    "ComplexHGRN",
     "CrossDecoderAttention",
     "DeltaNet",
     "DeltaProduct",

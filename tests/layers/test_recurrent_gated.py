@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memseq.layers import HGRN, RGLRU, Hawk, MinGRU, MinLSTM
+from memseq.layers import HGRN, RGLRU, ComplexHGRN, Hawk, MinGRU, MinLSTM
 from tests.layers.harness import (
     FEATURES,
     IDS,
@@ -72,6 +72,18 @@ def hgrn(layer, params, x):
     return y, states[-1], {"mean_decay": decay}
 
 
+def complex_hgrn(layer, params, x):
+    gate, real, imag = np.split(projected(layer, params, x), 3, axis=1)
+    bound = sigmoid(params["bound_bias"]) if layer.layer_index else 0.0
+    decay = bound + (1 - bound) * sigmoid(gate)
+    h, y = np.zeros(decay.shape[1], complex), []
+    for t, a in enumerate(decay):
+        h = a * np.exp(1j * params["phase"]) * h + (1 - a) * (silu(real[t]) + 1j * silu(imag[t]))
+        read = rms_norm(np.concatenate([h.real, h.imag]), params["norm"]["scale"])
+        y.append(read * silu(x[t] @ params["gate"]["kernel"]) @ params["output"]["kernel"])
+    return np.array(y), np.stack([h.real, h.imag], axis=-1), {"mean_decay": decay}
+
+
 def block_dense(params, x):
     kernel = params["kernel"]
     parts = np.split(x, len(kernel), axis=1)
@@ -95,6 +107,7 @@ LAYERS = {
     "minLSTM": (MinLSTM(FEATURES, conv_width=4), min_lstm),
     "HGRN, first": (HGRN(FEATURES), hgrn),
     "HGRN, later": (HGRN(FEATURES, layer_index=2, num_layers=3, conv_width=2), hgrn),
+    "complex HGRN": (ComplexHGRN(FEATURES, layer_index=1, num_layers=2), complex_hgrn),
     "RG-LRU": (RGLRU(FEATURES), rglru),
     "Hawk": (Hawk(FEATURES, heads=2, inner_dim=24), rglru),
 }
@@ -176,6 +189,8 @@ def test_dtypes(layer):
 def test_defaults():
     assert count(MinGRU(32), 32) == 3 * 32 * 32 and count(MinLSTM(32), 32) == 4 * 32 * 32
     assert count(HGRN(32), 32) == 4 * 32 * 32 + 32
+    assert count(ComplexHGRN(32), 32) == 7 * 32 * 32 + 3 * 32
+    assert ComplexHGRN(32).init_state(3).memory.shape == (3, 32, 2)
     assert count(RGLRU(32), 32) == 2 * (32 * 8 + 32) + 32
     assert count(Hawk(32), 32) == 3 * 32 * 32 + 5 * 32 + 2 * (32 * 8 + 32) + 32
     assert MinGRU(32).init_state(3).conv.shape == (3, 0, 64)
