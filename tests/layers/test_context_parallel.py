@@ -15,6 +15,7 @@ from memseq.pallas_kernels import (
     diagonal_plus_low_rank,
     linear_attention,
     linear_scan,
+    momentum_delta_rule,
     ridge_readout,
     selective_scan,
 )
@@ -172,6 +173,14 @@ def example(name, rng):
         | {"beta": beta, "log_decay": decays(rng, *matrix), "erase_key": unit(rng, *matrix)},
         "diagonal_plus_low_rank": common
         | {"a": key, "b": -key * beta[..., None] / 2, "log_decay": decays(rng, *matrix)},
+        "momentum_delta_rule": common
+        | {
+            "beta": beta / 2,
+            "step": rng.random(beta.shape),
+            "log_momentum": decays(rng, *beta.shape),
+            "log_decay": decays(rng, *beta.shape),
+            "initial_state": rng.normal(size=(2, 2, 10, 7)),
+        },
         "ridge_readout": {
             "query": query,
             "key": key,
@@ -212,6 +221,7 @@ OPERATIONS = {
         diagonal_plus_low_rank,
         linear_attention,
         linear_scan,
+        momentum_delta_rule,
         ridge_readout,
         selective_scan,
     )
@@ -225,6 +235,7 @@ CASES = (
     "linear_attention, channels",
     "linear_attention, fixed",
     "linear_scan",
+    "momentum_delta_rule",
     "ridge_readout",
     "selective_scan",
 )
