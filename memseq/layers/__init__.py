@@ -63,7 +63,7 @@ from memseq.layers.neural_memory.ttt import TTTMLP, TTTLinear
 from memseq.layers.readout.log_linear import LogLinearGatedDeltaNet, LogLinearMamba2
 from memseq.layers.readout.mesa_net import MesaNet
 from memseq.layers.readout.prefix_linear_attention import PrefixLinearAttention
-from memseq.layers.recurrent.bilinear import BilinearRNN
+from memseq.layers.recurrent.bilinear import BilinearRNN, FactoredBilinearRNN
 from memseq.layers.recurrent.elm import ELMNeuron
 from memseq.layers.recurrent.ffm import FFM
 from memseq.layers.recurrent.gated import HGRN, ComplexHGRN, MinGRU, MinLSTM
@@ -158,6 +158,7 @@ REGISTRY = {
     "wave_rnn": WaveRNN,
     "ffm": FFM,
     "bilinear_rnn": BilinearRNN,
+    "factored_bilinear_rnn": FactoredBilinearRNN,
     "elm_neuron": ELMNeuron,
     "echo_state": EchoState,
     "reservoir_memory": ReservoirMemory,
@@ -205,6 +206,7 @@ __all__ = [
     "CROSS_LAYERS",
     "DSS",
     "FFM",
+    "FactoredBilinearRNN",
     "ForgettingAttention",
     "GRU",
     "H3",

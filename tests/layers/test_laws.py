@@ -74,7 +74,7 @@ VARIANTS = set(
     titans_lmm titans_mag titans_mal moneta yaad memora omega_net ttt_mlp log_linear_mamba2
     preconditioned_kimi_delta_attention gated_delta_product polarized_mamba hawk
     sliding_window_attention mamba3_mimo momentum_delta_net differential_attention shared_attention
-    shared_memory path_attention complex_hgrn
+    shared_memory path_attention complex_hgrn factored_bilinear_rnn
     rwkv_channel_mix gated_convolution
     """.split()
 )

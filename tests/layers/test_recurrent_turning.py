@@ -1,10 +1,10 @@
-"""Memories that turn: FFM and the bilinear RNN against their equations, step by step."""
+"""Memories that turn: FFM and bilinear RNNs against their equations, step by step."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memseq.layers import FFM, BilinearRNN
+from memseq.layers import FFM, BilinearRNN, FactoredBilinearRNN
 from tests.layers.harness import (
     FEATURES,
     IDS,
@@ -50,10 +50,26 @@ def bilinear(layer, params, x):
     return np.array(y), h.T, {}
 
 
+def factored(layer, params, x):
+    """h = M h / |M h| with M written out."""
+    size = layer.units()
+    into, back = (
+        params[name]["kernel"] if name in params else np.eye(size) for name in ("into", "back")
+    )
+    h, y = np.full(size, size**-0.5), []
+    for u in x:
+        matrix = back.T @ np.diag(dense(params["input"], u)) @ into.T
+        h = matrix @ h / np.linalg.norm(matrix @ h)
+        y.append(h @ params["output"]["kernel"])
+    return np.array(y), h, {}
+
+
 LAYERS = {
     "FFM": (FFM(FEATURES), ffm),
     "FFM, small": (FFM(FEATURES, trace_dim=5, context_dim=2), ffm),
     "bilinear RNN": (BilinearRNN(FEATURES), bilinear),
+    "factored": (FactoredBilinearRNN(FEATURES, rank=5, hidden_dim=7), factored),
+    "diagonal": (FactoredBilinearRNN(FEATURES, form="diagonal"), factored),
     "bilinear RNN, planes": (BilinearRNN(FEATURES, planes=3), bilinear),
 }
 
@@ -78,6 +94,26 @@ def test_a_turn_by_pi_counts_parity():
     np.testing.assert_allclose(y[..., 0], 1 - 2 * (np.cumsum(bits, 1) % 2), atol=1e-9)
 
 
+def test_an_untrained_diagonal_holds_parity():
+    """Random factors -2 and 2 for the bit 1: the sign of each unit counts, and sizes stay."""
+    layer = FactoredBilinearRNN(16, form="diagonal", hidden_dim=4)
+    params = random_params(layer)
+    sign = np.array([-2.0, 2.0, -3.0, 0.5])
+    params["input"] = {"kernel": np.zeros((16, 4)), "bias": np.ones(4)}
+    params["input"]["kernel"][0] = sign - 1
+    params["output"]["kernel"] = np.eye(4, 16)
+    bits = np.random.default_rng(0).integers(0, 2, size=(1, 2000))
+    x = np.zeros((1, 2000, 16))
+    x[..., 0] = bits
+    y, state, _ = run64(layer, params, x)
+    odd = np.cumsum(bits, 1) % 2
+    np.testing.assert_array_equal(y[..., 2] > 0, odd == 0)
+    np.testing.assert_allclose(np.linalg.norm(y[..., :4], axis=-1), 1, rtol=1e-12)
+    first, half, _ = run64(layer, params, x[:, :777])
+    rest, last, _ = run64(layer, params, x[:, 777:], half)
+    np.testing.assert_allclose(np.concatenate([first, rest], 1), y, rtol=0, atol=1e-12)
+
+
 def test_starts():
     params = init(FFM(16))
     np.testing.assert_allclose(params["decay"][jnp.array([0, -1])], [np.e, 1e-6], rtol=1e-5)
@@ -91,10 +127,12 @@ def test_defaults():
     dense_sizes = 2 * (32 * 32 + 32) + (256 * 32 + 32) + 2 * (32 * 32 + 32)
     assert count(FFM(32), 32) == 32 + 4 + dense_sizes
     assert count(BilinearRNN(32), 32) == 32 * 16 + 16 + 32 * 32
+    assert count(FactoredBilinearRNN(32), 32) == 4 * 32 * 32 + 32
+    assert count(FactoredBilinearRNN(32, form="diagonal"), 32) == 2 * 32 * 32 + 32
     np.testing.assert_array_equal(BilinearRNN(32).init_state(1).memory[0, 0], [1, 0])
 
 
-@pytest.mark.parametrize("layer", [FFM(32), BilinearRNN(32)])
+@pytest.mark.parametrize("layer", [FFM(32), BilinearRNN(32), FactoredBilinearRNN(32)])
 def test_dtypes(layer):
     assert check_dtypes(layer).memory.dtype == jnp.float32
 
@@ -105,6 +143,8 @@ def test_dtypes(layer):
         (FFM(16, trace_dim=0), "trace_dim: .* got 0"),
         (FFM(16, context_dim=0), "context_dim: .* got 0"),
         (BilinearRNN(16, planes=0), "planes: .* got 0"),
+        (FactoredBilinearRNN(16, form="tucker"), "form: .* got 'tucker'"),
+        (FactoredBilinearRNN(16, rank=0), "rank: .* got 0"),
     ],
 )
 def test_bad_options(layer, message):
