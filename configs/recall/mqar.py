@@ -10,7 +10,8 @@ tell the matrix memories from each other (`configs/recall/main.py` does).
 Time on two cores: about a minute a memory for one seed.
 
 Variants: the name of a memory (that one alone), "matrix" (the matrix memories, with a claim for
-each: `experiments/mqar` has what came out), "smoke" (2 steps).
+each, on half the vocabulary and zeros for filler, which a CPU learns in 450 steps:
+`experiments/mqar` has what came out), "smoke" (2 steps).
 """
 
 from memseq.config import choose_variant
@@ -80,6 +81,11 @@ VARIANTS = {layer: {"compare": (layer,)} for layer in LAYERS} | {
     "matrix": {
         "compare": MATRICES,
         "claims": tuple(f"mqar 64x16: {layer} >= 0.85" for layer in MATRICES),
+        "training.learning_rates": (5e-3,),
+        "training.copies_together": True,
+        "tasks.mqar.options.vocab_size": 64,
+        "tasks.mqar.options.noise": "zero",
+        "tasks.mqar.training.steps": 450,
     },
     "smoke": {
         "compare": ("linear_attention",),
