@@ -26,7 +26,7 @@ def example(shape: Shape, key: jax.Array, dtype=jnp.float32) -> dict[str, jax.Ar
 
 
 def forward_products(shape: Shape, chunk: int) -> int:
-    """Multiply-adds of the matrix products of one chunked forward pass, without the inverse.
+    """Multiply-adds of the products of one chunked forward pass, without inverse and sums of gates.
 
     A position and head take chunk * chunk for the shares of writes, chunk * key_dim twice (key with
     key, query with key), chunk * value_dim twice (the solved system with the errors, the read of
