@@ -24,7 +24,9 @@ import jax.numpy as jnp
 from memseq.pallas_kernels import aot, static_report
 from memseq.pallas_kernels.bench import OPERATIONS, Operation
 
-GATES = ("log_decay", "value_log_decay", "beta", "dt", "A", "D", "step", "log_keep")  # float32
+# float32
+GATES = ("log_decay", "value_log_decay", "beta", "dt", "A", "D", "step", "log_keep", "momentum")
+GATES += ("initial",)
 LAB = argparse.Namespace(decay="step", batch=1, time=2048, heads=16, dim=128)
 CHUNK = 64  # of the products that are counted; kernels choose their own
 
@@ -76,14 +78,22 @@ def arguments(operation: Operation, shape, dtype: str) -> tuple[dict, dict[str, 
 
     def arrays():
         example = operation.shapes.example(shape, jax.random.key(0))
-        options.update({k: x for k, x in example.items() if not isinstance(x, jax.Array)})
-        return {k: x for k, x in example.items() if k not in options}
+        found = {k: x for k, x in example.items() if jax.tree.all(jax.tree.map(_is_array, x))}
+        options.update({k: x for k, x in example.items() if k not in found})
+        return found
+
+    def spec(name, x):
+        return jax.ShapeDtypeStruct(x.shape, jnp.float32 if name in GATES else dtype)
 
     specs = {
-        name: jax.ShapeDtypeStruct(x.shape, jnp.float32 if name in GATES else dtype)
-        for name, x in jax.eval_shape(arrays).items()
+        name: jax.tree.map(lambda x, name=name: spec(name, x), tree)
+        for name, tree in jax.eval_shape(arrays).items()
     }
     return specs, options
+
+
+def _is_array(x) -> bool:
+    return isinstance(x, jax.Array)
 
 
 def compile_job(job: Job, folder: str) -> dict[str, Any]:
@@ -93,7 +103,8 @@ def compile_job(job: Job, folder: str) -> dict[str, Any]:
     specs, options = arguments(operation, shape, job.dtype)
 
     def forward(arrays):
-        return operation.function(**arrays, **options, implementation="mosaic_tpu")
+        outputs = operation.function(**arrays, **options, implementation="mosaic_tpu")
+        return [x for x in jax.tree.leaves(outputs) if jnp.issubdtype(x.dtype, jnp.floating)]
 
     def backward(arrays, cotangents):
         return jax.vjp(forward, arrays)[1](cotangents)  # of the forward pass nothing is left

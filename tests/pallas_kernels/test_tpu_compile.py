@@ -19,6 +19,8 @@ from memseq.pallas_kernels import (
     selective_scan,
 )
 from memseq.pallas_kernels.aot import TARGETS, compile_for, mesh_for
+from memseq.pallas_kernels.neural_memory import Loss, Retention
+from tests.pallas_kernels.test_neural_memory_tpu import floating as neural_memory
 
 pytestmark = pytest.mark.usefixtures("needs_libtpu")
 
@@ -53,6 +55,20 @@ def arrays(dtype=jnp.float32, **shapes):
         name: jax.ShapeDtypeStruct(shape, jnp.int32 if name == "segment_ids" else dtype)
         for name, shape in shapes.items()
     }
+
+
+def memory_network(dim, hidden=None, dtype=jnp.bfloat16, **more):
+    """Arguments of a matrix or of two layers; `more` names further ones by step."""
+    time, heads = 40, 2
+    lead = (1, time, heads)
+    sizes = [dim] + [hidden] * (hidden is not None) + [dim]
+    names = ["step", "log_keep"] + [n for n in more if n != "segment_ids"]
+    return (
+        arrays(dtype, **dict.fromkeys(("query", "key", "value"), (*lead, dim)))
+        | arrays(**dict.fromkeys(names, lead))
+        | arrays(**{f"weight_{i}": (heads, *sizes[i : i + 2]) for i in range(len(sizes) - 1)})
+        | (arrays(segment_ids=(1, time)) if "segment_ids" in more else {})
+    )
 
 
 CALLS = {
@@ -126,6 +142,23 @@ CALLS = {
             {},
         ),
     ],
+    "neural_memory": [
+        (
+            neural_memory,
+            memory_network(64, 256, momentum=True, segment_ids=True),
+            {"depth": 2, "update_chunk": 16, "max_segments": 2, "outer_grad": ("truncate", 1)},
+        ),
+        (
+            neural_memory,
+            memory_network(24, dtype=jnp.float32, threshold=True),
+            {
+                "depth": 1,
+                "update_chunk": 20,
+                "loss": Loss("huber"),
+                "retention": Retention("lq", 4.0),
+            },
+        ),
+    ],
 }
 
 
@@ -138,8 +171,13 @@ def both(function, arguments, **options):
     return out, pull(out)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", CALLS)
+def job(name, target):
+    # a network's kernels take seven seconds each
+    slow = name == "neural_memory" and target != "v5e"
+    return pytest.param(name, target, marks=pytest.mark.slow if slow else (), id=f"{name}-{target}")
+
+
+@pytest.mark.parametrize(("name", "target"), [job(n, t) for n in CALLS for t in TARGETS])
 def test_kernels_compile(name, target):
     calls = CALLS[name]
 

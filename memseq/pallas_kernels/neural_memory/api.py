@@ -13,11 +13,12 @@ from memseq.pallas_kernels.neural_memory.alignment import chunks_needed
 from memseq.pallas_kernels.neural_memory.chunked import chunked
 from memseq.pallas_kernels.neural_memory.losses import WITH_THRESHOLD, Loss
 from memseq.pallas_kernels.neural_memory.memory import Layer, Memory
+from memseq.pallas_kernels.neural_memory.mosaic_tpu import MOSAIC_TPU
 from memseq.pallas_kernels.neural_memory.reference import reference
 from memseq.pallas_kernels.neural_memory.retention import Retention
 from memseq.pallas_kernels.neural_memory.state import Inputs, MemoryState, empty_state
 
-FORMS = Forms("neural_memory", reference, chunked)
+FORMS = Forms("neural_memory", reference, chunked, MOSAIC_TPU)
 ANCHORS = ("token", "decayed", "chunk", "call")
 READS = ("after", "before", "chunk")
 OUTER_GRADS = ("full", "stop_anchor", "stop_writes")

@@ -20,6 +20,7 @@ class Shape:
     depth: int = 2
     expansion: int = 4
     momentum: bool = True
+    update_chunk: int = 64
 
     def sizes(self) -> list[int]:
         """Channels before the first layer and after each."""
@@ -27,8 +28,8 @@ class Shape:
 
 
 SHAPES = {
-    "ttt_linear_1.3b": Shape(4, 2048, 32, 64, depth=1, momentum=False),
-    "ttt_mlp_1.3b": Shape(4, 2048, 32, 64, momentum=False),
+    "ttt_linear_1.3b": Shape(4, 2048, 32, 64, depth=1, momentum=False, update_chunk=16),
+    "ttt_mlp_1.3b": Shape(4, 2048, 32, 64, momentum=False, update_chunk=16),
     "titans_400m": Shape(4, 4096, 8, 128),
     "odd": Shape(3, 97, 2, 24, depth=3, expansion=2),
 }
@@ -60,6 +61,7 @@ def example(shape: Shape, key: jax.Array, dtype=jnp.float32) -> dict:
         ),
         "memory": Memory(),
         "loss": Loss(),
+        "update_chunk": shape.update_chunk,
     }
     if not shape.momentum:
         del arguments["momentum"]
