@@ -125,6 +125,12 @@ def test_kernel_is_the_recurrences(length):
         want.append(taps)
     size = np.abs(want).max()
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-12 * size)
+    if length % 2 == 0:  # at w = -1 the paper's form takes the limit dt / 2 C~ . B
+        for c, (kept, _, read) in enumerate(channel_systems(params)):
+            left = read - read @ np.linalg.matrix_power(kept, length)
+            limit = np.exp(params["dt_log"][c, 0]) / 2 * left @ full(halves(params["B"][c]))
+            found = np.fft.rfft(got[c])[-1]
+            np.testing.assert_allclose(found, limit, rtol=0, atol=1e-12 * length * size)
 
 
 def test_start_values_in_float32():
