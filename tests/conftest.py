@@ -1,11 +1,15 @@
 """Settings that must stand before JAX starts: the CPU, eight devices of it, and quick compilation.
 
 Most of a test's time is compilation of a program that runs once, so XLA's CPU backend does not
-optimise. XLA_FLAGS and JAX_PLATFORMS from outside are left as they are.
+optimise, and what one test, worker or command has compiled, another finds in a folder that is
+removed at the end. XLA_FLAGS, JAX_PLATFORMS and JAX_COMPILATION_CACHE_DIR from outside are left as
+they are.
 """
 
 import gc
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import hypothesis
@@ -17,6 +21,12 @@ os.environ.setdefault(
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
 )
 os.environ.setdefault("MPLBACKEND", "agg")
+compiled = None  # the folder of compiled programs, where this process made it
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    compiled = tempfile.mkdtemp(prefix="memseq-compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 # The same examples in every run, and no limit on the time of one: the first of each shape compiles.
 hypothesis.settings.register_profile("memseq", deadline=None, derandomize=True)
@@ -24,6 +34,11 @@ hypothesis.settings.load_profile("memseq")
 
 MAPPINGS = Path("/proc/self/maps")
 finished: list[str] = []
+
+
+def pytest_unconfigure():
+    if compiled:
+        shutil.rmtree(compiled, ignore_errors=True)
 
 
 @pytest.hookimpl(trylast=True)
