@@ -95,7 +95,7 @@ def huber(r, threshold):
 
 
 def moneta_weights(a, start):
-    return [w / np.sum(s**4) ** 0.5 for w, s in zip(a, start, strict=True)]  # |s|_4 squared
+    return [w / max(np.sum(s**4), 1) ** 0.5 for w, s in zip(a, start, strict=True)]
 
 
 def memora_weights(a, start):

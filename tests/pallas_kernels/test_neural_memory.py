@@ -312,6 +312,9 @@ def test_powers_and_thresholds_have_limits():
         retention=Retention("lq", 2.0),
     )
     assert_close(moneta[0], half, 1e-12, "E18")
+    small = jax.tree.map(lambda y: y / 100, {k: x[k] for k in ("value", "initial", "step")})
+    kept, plain = (call(x | small, retention=r)[0] for r in (Retention("lq", 4.0), None))
+    assert_close(kept, plain, 1e-12, "norms below 1 divide nothing")
     far = x | {"threshold": np.full_like(x["step"], 1e6)}
     assert_close(call(far, loss=Loss("huber"))[0], half, 1e-12, "E19, infinite")
     near = 1e-3

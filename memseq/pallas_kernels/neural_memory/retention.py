@@ -28,8 +28,9 @@ class Retention:
     "row_norm": each column is given the norm that it started with (LaCT).
 
     A stays, and the network's weights are made from it:
-    "lq": A / |A|_q^(q - 2) with q = `amount` (Moneta). Inside a chunk the norm is that of the
-        chunk's start, as the paper's parallel form has it.
+    "lq": A / max(|A|_q, 1)^(q - 2) with q = `amount` (Moneta). Inside a chunk the norm is that of
+        the chunk's start, as the paper's parallel form has it. The paper divides by smaller norms
+        too; then, for q > 2, weights grow without bound as A is forgotten.
     "softmax": size * softmax(A) over the inputs of each output, with size = `amount` (Memora): A is
         the logarithm of the weights up to a constant, and adding steps to it is mirror descent.
         Every read takes the softmax of its own step's A, so the chunked form makes weights for
@@ -84,7 +85,7 @@ class Retention:
         if self.kind == "lq":
             q = self.amount
             powers = jnp.sum((a * a + TINY) ** (q / 2), axis=(-2, -1), keepdims=True)
-            return (powers + TINY) ** (-(q - 2) / q)
+            return jnp.maximum(powers, 1) ** (-(q - 2) / q)
         return jnp.ones((1, 1), a.dtype)
 
     def view(self, layers: tuple[Layer, ...], start: tuple[Layer, ...]) -> tuple[Layer, ...]:
