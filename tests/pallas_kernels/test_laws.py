@@ -381,7 +381,13 @@ def test_packed_equals_separate(operation):
 
 # programs that take ten seconds to compile, or come close to the delta rule's
 LATE = ("neural_memory", "momentum_delta_rule")
-QUICK = [pytest.param(n, marks=pytest.mark.slow if n in LATE else []) for n in OPERATIONS]
+
+
+def late_slow(names):
+    return [pytest.param(n, marks=pytest.mark.slow if n in LATE else []) for n in names]
+
+
+QUICK = late_slow(OPERATIONS)
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -417,7 +423,7 @@ def test_long_calls_go_by_chunk_on_a_cpu_only(name):
     assert loops["cpu"] > loops["cuda"] == loops["tpu"]
 
 
-@pytest.mark.parametrize("name", [*MATRIX, "linear_scan", "selective_scan"])
+@pytest.mark.parametrize("name", late_slow([*MATRIX, "linear_scan", "selective_scan"]))
 def test_chunk_size_changes_nothing(name):
     operation = Operation(name, "chunked")
 
