@@ -66,8 +66,8 @@ def both(function, arguments, ids, devices=4):
     def loss(function, arguments):
         out, state = function(arguments)
         seen = out if ids is None else jnp.where((ids >= 0).reshape(*ids.shape, 1), out, 0)
-        state = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.inexact)]
-        value = sum(jnp.sum(jnp.sin(abs(x)) * x.real) for x in (seen, *state))
+        learns = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.inexact)]
+        value = sum(jnp.sum(jnp.sin(abs(x)) * x.real) for x in (seen, *learns))
         return value, (seen, state)
 
     def run(function):

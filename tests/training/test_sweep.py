@@ -150,6 +150,25 @@ def test_seeds_see_other_examples(task):
         assert np.array_equal(losses[0], losses[1]) == same
 
 
+class Drawn(Sums):
+    """A parameter that only a sown loss asks anything of: it is drawn to 1."""
+
+    @nn.compact
+    def __call__(self, tokens):
+        place = self.param("place", nn.initializers.zeros, ())
+        if not self.is_initializing():
+            self.sow("losses", "distance", 100 * (place - 1) ** 2)
+        return Sums(name="sums")(tokens)
+
+
+def test_sown_losses_are_trained_and_not_reported(task):
+    trainer = Trainer(Drawn(), task, dataclasses.replace(SETTINGS, learning_rates=(1e-2,)))
+    seeds = jnp.arange(1)
+    copies = trainer.train(trainer.start(seeds), seeds, 0, 3)
+    assert copies.params["params"]["place"][0, 0] > 1e-3
+    assert 0 < copies.losses[0, 0, 0] < 50  # the distance is 100
+
+
 def test_extra_tests_are_named(task):
     longer = dataclasses.replace(task.eval_variant(), length=4)
     found = sweep.run(Sums(), task, SETTINGS, [0], also={"short": longer}).seeds[0]
