@@ -266,8 +266,8 @@ def forms(name):
 
 
 def case(name, form):
-    # the interpreter takes a scan's kernels step by step: a minute each
-    slow = form == "mosaic_tpu" and name.endswith("scan")
+    # the interpreter takes a scan's kernels step by step: a minute each; a network's are large
+    slow = form == "mosaic_tpu" and (name.endswith("scan") or name == "neural_memory")
     return pytest.param((name, form), marks=pytest.mark.slow if slow else (), id=f"{name}-{form}")
 
 

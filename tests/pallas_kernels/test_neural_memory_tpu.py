@@ -24,7 +24,7 @@ DEFAULTS = {"log_keep": None, "memory": Memory(), "loss": Loss(), "update_chunk"
 @pytest.fixture(autouse=True)
 def small():
     """Two chunks a grid step, so that short calls have several."""
-    with mock.patch.object(mosaic_tpu, "GRID_STEP", 2 * mosaic_tpu.ROWS):
+    with mock.patch.object(mosaic_tpu, "GRID_STEP", 2 * HEADS * mosaic_tpu.ROWS):
         yield
 
 
@@ -161,7 +161,7 @@ def test_tpu_kernels_under_a_mesh():
 LIMITS = {
     "the memory has 3 layers, the kernels take up to 2": dict(depth=3),
     "retention 'softmax' needs weights for every step": dict(retention=Retention("softmax", 1.0)),
-    "update_chunk is 300, the kernels take up to 256": dict(update_chunk=300),
+    "update_chunk is 300, the kernels take up to 128": dict(update_chunk=300),
 }
 
 
@@ -175,7 +175,12 @@ def test_what_the_kernels_do_not_take(message):
 def test_sizes_that_the_kernels_do_not_take():
     x, options, _ = build()
     window = x | {"step": np.ones((BATCH, TIME, HEADS, 3))}
-    wide = {"weight_0": np.zeros((HEADS, DIM, 2**17)), "weight_1": np.zeros((HEADS, 2**17, DIM))}
-    for changed, message in ((window, "step has a window of 3"), (x | wide, "take .* MiB, the")):
+    by_size = [
+        x | {"weight_0": np.zeros((HEADS, DIM, n)), "weight_1": np.zeros((HEADS, n, DIM))}
+        for n in (2**13, 2**14)
+    ]
+    cases = [(window, "step has a window of 3"), (by_size[0], "anchor take 12.8 MiB, the kernels")]
+    cases.append((by_size[1], "a layer is 16384 wide and update_chunk 4, the kernels"))
+    for changed, message in cases:
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(lambda x: floating(**x, **options, implementation="mosaic_tpu"), changed)

@@ -23,11 +23,12 @@ from memseq.pallas_kernels.neural_memory.state import Inputs
 
 NAME = "neural_memory"
 LAYERS = 2
-CHUNK = 256  # steps of the longest update chunk
+CHUNK = 128  # steps of the longest update chunk: compilers take minutes for longer ones
+WIDTH = 2**17  # steps of a chunk times its widest layer, at most
 STATE = 2 * 2**20  # bytes of the largest memory, of a head
 TOGETHER = 2**20  # bytes of the memories that a program holds, if they are of several heads
 ROWS = 16  # a chunk's steps are padded to a multiple: the rows of a tile of bfloat16
-GRID_STEP = 512  # steps of a grid step, at most, but one chunk
+GRID_STEP = 2**11  # steps of a grid step, of all heads of a program, if it has several chunks
 REMADE = 12 * 2**20  # bytes of the states that the backward pass makes again at once
 
 # what a step has in the columns beside `written`, and a chunk in its row of numbers
@@ -50,6 +51,12 @@ def limit(*arrays, tree, retention, update_chunk, anchor, carried, **options) ->
         return f"retention {retention.kind!r} needs weights for every step"
     if update_chunk > CHUNK:
         return f"update_chunk is {update_chunk}, the kernels take up to {CHUNK}"
+    widest = max(n for weight in weights for n in weight.shape[1:])
+    if _up(update_chunk, ROWS) * widest > WIDTH:
+        return (
+            f"a layer is {widest} wide and update_chunk {update_chunk}, the kernels take a product "
+            f"of up to {WIDTH}"
+        )
     whole = inputs.valid is None and not carried and inputs.query.shape[1] % update_chunk == 0
     copies = 1 + (inputs.momentum is not None) + (not whole or anchor == "call")
     size = copies * sum(_bytes(x.shape[1:]) for x in jax.tree.leaves(inputs.initial))
@@ -182,11 +189,11 @@ def _run(step, chunks: Chunk, fixed: Fixed, carry: Carry) -> tuple[jax.Array, Ca
 
 def _plan(chunks: Chunk, carry: Carry) -> recurrence.Plan:
     """As many heads and chunks at once as the vector memory holds; `heads` is the most."""
-    count, size = chunks.query.shape[2:4]
+    heads, count, size = chunks.query.shape[1:4]
     each = sum(_bytes(x.shape[2:]) for x in jax.tree.leaves(carry))
     rows = _up(size, ROWS)
-    heads = max(1, min(8, TOGETHER // each))
-    at_once = max(1, min(count, 8, GRID_STEP // rows, REMADE // (heads * each)))
+    heads = max(1, min(heads, 8, TOGETHER // each))
+    at_once = max(1, min(count, 8, GRID_STEP // (heads * rows), REMADE // (heads * each)))
     return recurrence.Plan(rows, -(-count // -(-count // at_once)), heads, remake=True)
 
 
