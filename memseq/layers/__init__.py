@@ -80,6 +80,7 @@ from memseq.layers.state_space.eidetic import BMojo, MemMamba
 from memseq.layers.state_space.h3 import H3
 from memseq.layers.state_space.hippo_memory import HiPPOMemory
 from memseq.layers.state_space.hydra import Hydra
+from memseq.layers.state_space.layered_notes import LayeredMemMamba
 from memseq.layers.state_space.lru import LRU
 from memseq.layers.state_space.mamba import Mamba, PolarizedMamba
 from memseq.layers.state_space.mamba2 import Mamba2
@@ -134,6 +135,7 @@ REGISTRY = {
     "mamba3_mimo": Mamba3MIMO,
     "bmojo": BMojo,
     "mem_mamba": MemMamba,
+    "layered_mem_mamba": LayeredMemMamba,
     "lru": LRU,
     "s4d": S4D,
     "s4": S4,
@@ -264,6 +266,7 @@ __all__ = [
     "HopfieldLookup",
     "HopfieldPooling",
     "KimiDeltaAttention",
+    "LayeredMemMamba",
     "LightNet",
     "LightningAttention",
     "LinearAttention",

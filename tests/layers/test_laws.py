@@ -75,6 +75,7 @@ VARIANTS = set(
     preconditioned_kimi_delta_attention gated_delta_product polarized_mamba hawk
     sliding_window_attention mamba3_mimo momentum_delta_net differential_attention shared_attention
     shared_memory path_attention complex_hgrn factored_bilinear_rnn
+    layered_mem_mamba
     rwkv_channel_mix gated_convolution
     """.split()
 )

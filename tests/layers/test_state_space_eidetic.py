@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memseq.layers import BMojo, Mamba, MemMamba
+from memseq.layers import BMojo, LayeredMemMamba, Mamba, MemMamba
 from tests.layers.harness import (
     FEATURES,
     IDS,
@@ -115,8 +115,11 @@ def test_the_innovation_is_a_loss_of_its_own():
     np.testing.assert_allclose(packed, np.mean(np.concatenate(alone)), rtol=1e-9)
 
 
-def mem_mamba(layer, params, x):
-    """A first-in-first-out pool of the tokens worth a note, read by the steps that need one."""
+def noted(layer, params, x):
+    """(Mamba's read-out, what the notes gave, worths, needs), step by step.
+
+    A first-in-first-out pool of the tokens worth a note, read by the steps that need one.
+    """
     inner = Mamba(layer.features, state_dim=layer.state_dim)
     faded, _, _ = mamba(inner, params["fading"], x)
     names = (("query", faded), ("key", x), ("value", x))
@@ -125,7 +128,7 @@ def mem_mamba(layer, params, x):
     )
     worth = sigmoid(x @ params["worth"]["kernel"] + params["worth"]["bias"])[:, 0]
     need = sigmoid(faded @ params["need"]["kernel"] + params["need"]["bias"])[:, 0]
-    notes, y = [], []
+    notes, read = [], []
     for t in range(len(x)):
         if worth[t] > layer.note_above:
             notes = [*notes, t][-layer.notes :]
@@ -134,8 +137,14 @@ def mem_mamba(layer, params, x):
             if notes and need[t] > layer.recall_above:
                 weight = softmax(key[notes, h] @ query[t, h] / np.sqrt(key.shape[-1]))
                 recalled[h] = need[t] * weight @ (worth[notes, None] * value[notes, h])
-        y.append(faded[t] + recalled.reshape(-1) @ params["output"]["kernel"])
-    return np.array(y), None, {"mean_worth": worth, "mean_need": need}
+        read.append(recalled.reshape(-1))
+    return faded, np.array(read), worth, need
+
+
+def mem_mamba(layer, params, x):
+    faded, read, worth, need = noted(layer, params, x)
+    y = faded + read @ params["output"]["kernel"]
+    return y, None, {"mean_worth": worth, "mean_need": need}
 
 
 @pytest.mark.parametrize("ids", [None, IDS], ids=["one segment", "packed"])
@@ -144,6 +153,53 @@ def mem_mamba(layer, params, x):
 )
 def test_mem_mamba(options, ids):
     check_transcription(MemMamba(FEATURES, **options), mem_mamba, ids)
+
+
+def layers_of_notes(layers, params, x):
+    """Layers one on another, each of which adds to its input; the last reads all of them."""
+    summaries = []
+    for layer, own in zip(layers, params, strict=True):
+        faded, read, _, _ = noted(layer, own, x)
+        summaries.append(faded + read)
+        y = faded + read @ own["output"]["kernel"]
+        if "across_query" in own:
+            query, key, value = (
+                (u @ own[f"across_{n}"]["kernel"]).reshape(*np.shape(u)[:-1], layer.heads, -1)
+                for n, u in (("query", faded), ("key", summaries), ("value", summaries))
+            )
+            across = np.zeros(query.shape)
+            for t, h in np.ndindex(*query.shape[:2]):
+                weight = softmax(key[:, t, h] @ query[t, h] / np.sqrt(key.shape[-1]))
+                across[t, h] = weight @ value[:, t, h]
+            y = y + across.reshape(len(x), -1) @ own["across_output"]["kernel"]
+        x = x + y
+    return x
+
+
+def test_layers_read_those_below_them():
+    """Two layers, of which the second reads across; whole, and in two calls."""
+    options = {"num_layers": 2, "notes": 3, "state_dim": 2, "recall_above": 0.2}
+    layers = [LayeredMemMamba(FEATURES, layer_index=i, **options) for i in range(2)]
+    params, x = [random_params(layer, seed) for seed, layer in enumerate(layers)], 0.3 * inputs()
+    params[0]["output"]["kernel"] *= 0.3
+    assert [("across_key" in own) for own in params] == [False, True]
+
+    def run(x, states):
+        shared, after = {}, []
+        for layer, own, state in zip(layers, params, states, strict=True):
+            y, state = layer.apply({"params": own}, x, state, None, shared)
+            x, after = x + y, [*after, state]
+        return x, after
+
+    with jax.enable_x64(True):
+        y, _ = jax.jit(run)(x, [None] * 2)
+        first, half = jax.jit(run)(x[:, :9], [None] * 2)
+        rest, _ = jax.jit(run)(x[:, 9:], half)
+    for row in range(2):
+        want = layers_of_notes(layers, params, x[row])
+        np.testing.assert_allclose(y[row], want, rtol=0, atol=1e-9)
+    both = np.concatenate([first, rest], 1)
+    np.testing.assert_allclose(both, y, rtol=1e-11, atol=1e-11)
 
 
 def test_without_recall_it_is_mamba():
@@ -185,3 +241,10 @@ def test_bad_options(options, message):
 def test_bad_notes(options, message):
     with pytest.raises(ValueError, match=message):
         count(MemMamba(FEATURES, **options))
+
+
+def test_bad_layers():
+    with pytest.raises(ValueError, match="every: .* got 0"):
+        count(LayeredMemMamba(FEATURES, every=0))
+    with pytest.raises(ValueError, match="layer_index: .* got 1"):
+        count(LayeredMemMamba(FEATURES, layer_index=1))

@@ -216,8 +216,8 @@ class MemMamba(SequenceLayer):
 
     Wang et al. 2025, "MemMamba: rethinking memory patterns in state space model",
     arXiv:2510.03279; no code was published. This is its note block and its attention across
-    tokens; its attention across layers is not here. A full pool drops its oldest note. Thresholds
-    have no gradient, but s and r weigh what passes them, so both are learned.
+    tokens; `LayeredMemMamba` adds attention across layers. A full pool drops its oldest note.
+    Thresholds have no gradient, but s and r weigh what passes them, so both are learned.
 
     Attributes (beside those of every layer):
         notes: size of the pool.
@@ -257,7 +257,7 @@ class MemMamba(SequenceLayer):
     def init_state(self, batch, context=None):
         """An empty memory and an empty pool; `context` changes nothing."""
         heads, head_dim = self._dims()
-        return MemMambaState(
+        return self.STATE(
             fading=mamba_of(self, parent=None).init_state(batch),
             memory=jnp.zeros((batch, self.notes, 2, heads, head_dim), jnp.float32),
             filled=jnp.zeros((batch, self.notes), jnp.float32),
