@@ -79,7 +79,7 @@ def train(name, depth, dtype, steps=STEPS) -> tuple[int, np.ndarray, np.ndarray]
         dtype=dtype,
     )
     optimizer, schedule = make_optimizer(options(learning_rate=3e-3, warmup_steps=20), steps)
-    state = initial_state(model, optimizer, 0, 2)
+    state = jax.jit(lambda: initial_state(model, optimizer, 0, 2))()
     step, rng, rows = make_train_step(model, optimizer, schedule), np.random.default_rng(0), []
     for _ in range(steps):
         state, metrics = step(state, batch(rng))
