@@ -196,7 +196,11 @@ OPERATIONS = {
         {"chunk_size": 8},
     ),
     "ridge_readout": (ridge_readout, ridge_readout_inputs, {"chunk_size": 8, "iterations": 9}),
-    "neural_memory": (matrix_with_float_position, neural_memory_inputs, {"update_chunk": 4}),
+    "neural_memory": (
+        matrix_with_float_position,
+        neural_memory_inputs,
+        {"update_chunk": 4, "max_segments": 5},
+    ),
     "linear_scan": (linear_scan, linear_scan_inputs, {"chunk_size": 8}),
     "selective_scan": (selective_scan, selective_scan_inputs, {"chunk_size": 8}),
     "causal_conv": (causal_conv, causal_conv_inputs, {"activation": "silu"}),
