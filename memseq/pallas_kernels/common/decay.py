@@ -52,15 +52,15 @@ def masked_exp(exponent: jax.Array, mask: jax.Array) -> jax.Array:
 def sums_from_start(log_decay: jax.Array, axis: int, exclusive: bool = False) -> jax.Array:
     """Sum of the log decays from the chunk's first position to each one (exclusive: before it)."""
     sums = jnp.cumsum(log_decay, axis=axis)
-    return _shifted(sums, axis, 1) if exclusive else sums
+    return shifted(sums, axis, 1) if exclusive else sums
 
 
 def sums_to_end(log_decay: jax.Array, axis: int) -> jax.Array:
     """Sum of the log decays after each position, to the chunk's last one."""
-    return _shifted(jnp.flip(jnp.cumsum(jnp.flip(log_decay, axis), axis=axis), axis), axis, -1)
+    return shifted(jnp.flip(jnp.cumsum(jnp.flip(log_decay, axis), axis=axis), axis), axis, -1)
 
 
-def _shifted(x: jax.Array, axis: int, by: int) -> jax.Array:
+def shifted(x: jax.Array, axis: int, by: int) -> jax.Array:
     """x moved along `axis` by one place, zero moving in."""
     axis %= x.ndim
     padding = [(0, 0)] * x.ndim

@@ -91,8 +91,8 @@ def _form(arrays, initial_state, index, *, scale, erase, chunk):
 
     # the same of what the error reads: the memory one step before
     own = jnp.exp(g) if erase == "decayed" else jnp.ones_like(g)
-    held = own[..., None] * jnp.where(masks.pairs, _one_later(share, -2), 0)
-    held_start = own * jnp.where(masks.from_start, _one_later(share_start, -1), 0)
+    held = own[..., None] * jnp.where(masks.pairs, decay.shifted(share, -2, 1), 0)
+    held_start = own * jnp.where(masks.from_start, decay.shifted(share_start, -1, 1), 0)
     kept = memory_start if erase == "decayed" else from_start(g, exclusive=True)
 
     held *= jnp.einsum("bhnik,bhnjk->bhnij", k, k, precision=precision)
@@ -120,13 +120,6 @@ def _form(arrays, initial_state, index, *, scale, erase, chunk):
     out = jnp.einsum("bhnik,nbhkv->bhniv", q_start, starts, precision=precision)
     out += jnp.einsum("bhnij,nbhjv->bhniv", read, written, precision=precision)
     return from_chunks(scale * out, time).astype(value.dtype), state
-
-
-def _one_later(x: jax.Array, axis: int) -> jax.Array:
-    """x moved along `axis` by one place, zeros moving in."""
-    padding = [(0, 0)] * x.ndim
-    padding[axis] = (1, 0)
-    return jax.lax.slice_in_dim(jnp.pad(x, padding), 0, x.shape[axis], axis=axis % x.ndim)
 
 
 def _beside(x: jax.Array, of_memory: jax.Array, of_momentum: jax.Array) -> jax.Array:
