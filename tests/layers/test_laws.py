@@ -68,14 +68,15 @@ def case(name):
     return Case(name)
 
 
-# Another layer's class with other values: its laws are slow tests, its equations are not.
+# Another layer's class with other values, or with a step of its own inside another's scan: its laws
+# are slow tests, its equations are not.
 VARIANTS = set(
     """
     titans_lmm titans_mag titans_mal moneta yaad memora omega_net ttt_mlp log_linear_mamba2
     preconditioned_kimi_delta_attention gated_delta_product polarized_mamba hawk
     sliding_window_attention mamba3_mimo momentum_delta_net differential_attention shared_attention
     shared_memory path_attention complex_hgrn factored_bilinear_rnn
-    layered_mem_mamba
+    layered_mem_mamba lmu
     rwkv_channel_mix gated_convolution
     """.split()
 )
