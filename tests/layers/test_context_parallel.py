@@ -1,6 +1,7 @@
 """Time split over devices: the same values, states and gradients as on one."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -318,6 +319,65 @@ def test_states_cross_the_mesh_not_time():
 
     assert exchanged(512) == exchanged(256)
     assert any("all-gather" in kind or "f32[8," in kind for kind in exchanged(256))
+
+
+def lowered(layer, time, mesh, gradient, **lowering):
+    """The layer with time split over `mesh`, lowered there or for a machine that is not here."""
+    place = functools.partial(jax.sharding.NamedSharding, mesh)
+    over_time = place(jax.sharding.PartitionSpec(None, "context"))
+    x = jax.ShapeDtypeStruct((1, time, layer.features), jnp.bfloat16, sharding=over_time)
+    shapes = jax.eval_shape(layer.init, jax.random.key(0), x)
+    whole = place(jax.sharding.PartitionSpec())
+    params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), shapes)
+
+    def loss(params, x):
+        y, state = context_parallel(layer)(params, x)
+        return jnp.sum(jnp.square(y.astype(jnp.float32))), (y, state)
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        function = jax.grad(loss, argnums=(0, 1), has_aux=True) if gradient else loss
+        return jax.jit(function).trace(params, x).lower(**lowering)
+
+
+def test_kernels_run_on_each_stretch():
+    """On a TPU too: the kernels stand in the program that is made for it."""
+    layer = GatedDeltaNet(128, heads=2, dtype=jnp.bfloat16)
+    text = lowered(layer, 512, mesh(4), gradient=True, lowering_platforms=("tpu",)).as_text()
+    assert text.count("@tpu_custom_call") > 4
+
+
+@pytest.mark.slow
+def test_sixteen_chips_exchange_states():
+    """Compiled for a v5e-16, forward and backward: what crosses is of the size of states."""
+    from jax.experimental import topologies
+
+    from memseq.pallas_kernels import aot
+
+    aot.mesh_for("v5e", data=1)  # sets what libtpu wants to know
+    pod = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
+    layer = GatedDeltaNet(128, heads=2, dtype=jnp.bfloat16)
+    collective = re.compile(
+        r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\("
+    )
+
+    def exchanged(time):
+        compiled = lowered(layer, time, make_mesh("context=16", pod), gradient=True).compile()
+        text = compiled.as_text()
+        assert text.count("tpu_custom_call") > 4
+        found = {
+            (kind, shape)
+            for result, kind, _ in collective.findall(text)
+            for shape in re.findall(r"\w+\[[\d,]*\]", result)
+        }
+        return found, compiled.memory_analysis().temp_size_in_bytes
+
+    (found, small), (more, large) = exchanged(4096), exchanged(8192)
+    assert found == more
+    assert {kind for kind, _ in found} == {"all-gather", "all-reduce"}
+    keys, values = layer.init_state(1).memory.shape[-2:]
+    # of 16 chips and 2 heads: what a stretch adds to a memory, and what it does to one
+    assert {("all-gather", f"f32[32,{keys},{n}]") for n in (values, keys)} <= found
+    assert large < 2.2 * small
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,9 @@ def over_mesh(
         )
         for letter, wanted in (("b", BATCH_AXES), ("h", HEAD_AXES))
     }
-    if math.prod(mesh.shape[name] for name in free) == 1:
+    split_already = len(free) < len(mesh.axis_names)
+    # once some axes are split the compilers ask for all, also for those of one device
+    if not free or (not split_already and math.prod(mesh.shape[n] for n in free) == 1):
         return function
 
     def spec(letters, ndim):
