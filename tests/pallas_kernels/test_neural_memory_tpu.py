@@ -116,15 +116,16 @@ SLOW = {
     },
     **{
         f"retention {kind}": dict(
-            bias=True, retention=Retention(kind, amount), position=[2, -1], segment_ids=IDS
+            depth=1, bias=True, retention=Retention(kind, amount), position=[2, -1], segment_ids=IDS
         )
         for kind, amount in (("elastic", 0.05), ("sphere", None), ("row_norm", None), ("lq", 4.0))
     },
     **{f"anchor {kind}": dict(depth=1, anchor=kind) for kind in ("token", "decayed", "call")},
     **{
-        f"read {kind}": dict(scale=True, read=kind, position=[3, 1]) for kind in ("before", "chunk")
+        f"read {kind}": dict(depth=1, scale=True, read=kind, position=[3, 1])
+        for kind in ("before", "chunk")
     },
-    **{f"outer {kind}": dict(outer_grad=kind) for kind in ("stop_anchor", "stop_writes")},
+    **{f"outer {kind}": dict(depth=1, outer_grad=kind) for kind in ("stop_anchor", "stop_writes")},
 }
 
 
