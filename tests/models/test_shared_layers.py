@@ -85,6 +85,20 @@ def test_a_prompt_and_single_tokens_equal_one_call(model):
 
 
 @pytest.mark.slow
+def test_a_cross_decoder_of_attention_alone():
+    """YOCO's layout: retention with gates, one cache, and layers that read it."""
+    pattern = ("simple_gated_linear_attention", "shared_attention")
+    pattern += ("cross_decoder_attention",) * 2
+    model = LanguageModel(VOCAB, FEATURES, pattern)
+    params = random_params(model, jax.ShapeDtypeStruct((1, 4), jnp.int32))
+    ids, state = tokens(2, 12), model.init_state(2, context=12)
+    want, _ = run(model, params, ids, state)
+    for t in range(12):
+        logits, state = run(model, params, ids[:, t : t + 1], state)
+        close(logits[:, 0], want[:, t])
+
+
+@pytest.mark.slow
 def test_generation_is_the_parallel_form(model):
     """Greedy tokens from the state are those that one call over all of them finds likeliest."""
     model, params = model
