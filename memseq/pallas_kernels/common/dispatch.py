@@ -133,13 +133,18 @@ def _with_backward(forms: Forms, form: KernelForm, arrays: tuple, options: dict)
 def pulled(function: Callable, arrays: tuple, cotangents: Any) -> tuple:
     """One cotangent for each of `arrays` by JAX's derivative, as a kernel's backward pass gives it.
 
-    None stands for integers here and in `cotangents`: a conditional has no place for float0.
+    None stands for integers here and in `cotangents`: a conditional has no place for float0. It
+    also stands for an output that is None.
     """
+
+    def is_none(x):
+        return x is None
+
     outputs, pull = jax.vjp(function, *arrays)
-    outputs, tree = jax.tree.flatten(outputs)
-    given = jax.tree.leaves(cotangents, is_leaf=lambda c: c is None)
+    outputs, tree = jax.tree.flatten(outputs, is_leaf=is_none)
+    given = jax.tree.leaves(cotangents, is_leaf=is_none)
     given = [
-        np.zeros(y.shape, jax.dtypes.float0) if c is None else c
+        np.zeros(y.shape, jax.dtypes.float0) if c is None and y is not None else c
         for y, c in zip(outputs, given, strict=True)
     ]
     found = pull(jax.tree.unflatten(tree, given))
