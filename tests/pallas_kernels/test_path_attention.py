@@ -171,9 +171,9 @@ def test_a_reflection_is_met_by_a_reflected_query():
         assert_close(out[0, i, 0, : i + 1], weights / weights.sum(), 1e-12)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("pieces", [(16, 5), (1, 1, 18, 1)], ids=str)
+@pytest.mark.parametrize("pieces", [(16, 5), pytest.param((1, 1, 18, 1), marks=pytest.mark.slow)])
 def test_keys_of_one_call_are_held_for_the_next(pieces):
+    """Calls of 16 steps and more are chunked, shorter ones take the reference."""
     inputs, _, _ = build(21, forget=True)
     positions = np.tile(np.arange(21, dtype=np.int32), (2, 1))
 
