@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from memseq.pallas_kernels.common.precision import products_precision
 from memseq.pallas_kernels.common.sharded import vary_together
-from memseq.pallas_kernels.hopfield_retrieve.iterate import retrieve
+from memseq.pallas_kernels.hopfield_retrieve.iterate import follow, retrieve
 from memseq.pallas_kernels.hopfield_retrieve.reference import score, visible, whole_rows
 from memseq.pallas_kernels.hopfield_retrieve.separation import STREAMED
 
@@ -39,28 +39,28 @@ def chunked(
     """See `reference`."""
     precision = products_precision(query, stored, *([] if values is None else [values]))
     result = query.dtype if values is None else values.dtype
-    size = PATTERNS if chunk_size is None else chunk_size
-    shared = {
-        # wide before the tiles: gradients add up over them before they are rounded
-        "stored": stored.astype(dtype),
-        "values": None if values is None else values.astype(dtype),
-        "beta": beta,
-        "alpha": alpha,
-        "sink": sink,
-    }
-    if separation in STREAMED:
-        attend = streamed(size, precision)
+    chunk = PATTERNS if chunk_size is None else chunk_size
+    streams = separation in STREAMED
+    # wide before the tiles: gradients add up over them before they are rounded
+    stored, values = (None if x is None else x.astype(dtype) for x in (stored, values))
+    patterns, size = stored.shape[1], min(chunk, stored.shape[1])
+    if streams:
+        stored, values = _flat_tiles(stored, size), _flat_tiles(values, size)
+        attend = streamed(size, patterns, precision)
     else:
         attend = whole_rows(separation, budget, precision)
+    shared = {"values": values, "beta": beta, "alpha": alpha, "sink": sink}
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def one_tile(query, by_query):
-        return retrieve(attend, query, shared | by_query, **options)
+    def one_tile(lead, query, by_query):
+        memory = shared | by_query | {"stored": follow(stored, lead)}
+        out, energies, lead = retrieve(attend, query, memory, **options)
+        return lead, (out, energies)
 
-    queries, tile = query.shape[1], max(size // 4, 1)
+    queries, tile = query.shape[1], max(chunk // 4, 1)
     query = query.astype(dtype)
     if queries <= tile:
-        out, energies = one_tile(query, {"mask": mask, "position": position})
+        _, (out, energies) = one_tile(stored, query, {"mask": mask, "position": position})
         return out.astype(result), energies
 
     def to_tiles(x):
@@ -74,59 +74,71 @@ def chunked(
     each = mask is not None and mask.shape[1] > 1  # a mask of every query goes with its tile
     whole = {} if each else {"mask": mask}
     split = {"position": position} | ({"mask": mask} if each else {})
-    out, energies = jax.lax.map(
-        lambda tiles: one_tile(tiles[0], tiles[1] | whole),
+    _, (out, energies) = jax.lax.scan(
+        lambda lead, tiles: one_tile(lead, tiles[0], tiles[1] | whole),
+        stored,
         (to_tiles(query), jax.tree.map(to_tiles, split)),
     )
     return from_tiles(out).astype(result), None if energies is None else from_tiles(energies)
 
 
-def streamed(size: int, precision: jax.lax.Precision):
-    """`attend` of `retrieve` for softmax, `size` stored patterns at a time."""
+def streamed(size: int, patterns: int, precision: jax.lax.Precision):
+    """`attend` of `retrieve` for softmax, over tiles of `size` of the stored patterns."""
 
     def attend(state, memory, read):
         # one argument for patterns that are scored and summed: their gradients meet in the tile
         values = None if read == "stored" else memory["values"]
+        mask = memory["mask"]
+        if patterns % size and mask is None:
+            mask = jnp.ones((1, 1, patterns), bool)
         arrays = (memory["stored"], values, memory["beta"], memory["sink"])
         out, total = _online_softmax(
-            (size, precision), state, *arrays, memory["mask"], memory["position"]
+            (size, precision), state, *arrays, _tiles(mask, 2, size), memory["position"]
         )
         return jnp.moveaxis(out, 3, 1), jnp.moveaxis(total, 3, 1)
 
     return attend
 
 
-def _tiles(size, stored, values, mask):
-    """The tiles to scan over: index of the first pattern, stored, values, takes part."""
-    patterns = stored.shape[1]
-    size = min(size, patterns)
-    pad = -patterns % size
+def _tiles(x, axis, size):
+    """[..., patterns, ...] -> [tiles, ..., size, ...], the patterns lying along `axis`."""
+    if x is None:
+        return None
+    x = jnp.pad(x, [(0, -x.shape[i] % size if i == axis else 0) for i in range(x.ndim)])
+    x = x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
+    return jnp.moveaxis(x, axis, 0)
 
-    def split(x, axis):
-        if x is None:
-            return None
-        x = jnp.pad(x, [(0, pad if i == axis else 0) for i in range(x.ndim)])
-        x = x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x, axis, 0)
 
-    if pad and mask is None:
-        mask = jnp.ones((1, 1, patterns), bool)
-    first = jnp.arange(0, patterns + pad, size, dtype=jnp.int32)
-    return first, split(stored, 1), split(values, 1), split(mask, 2)
+def _flat_tiles(x, size):
+    """[batch, patterns, heads, dim] -> [tiles, all of a tile].
+
+    Flat because compilers before jax 0.12 copy a large array if loops want its axes of size 1 in
+    another order.
+    """
+    return None if x is None else _tiles(x, 1, size).reshape(-(-x.shape[1] // size), -1)
+
+
+def _of_tile(x, size, state):
+    """One of `_flat_tiles` -> [batch, size, heads, dim]; state [batch, queries, heads, ...]."""
+    return None if x is None else x.reshape(state.shape[0], size, state.shape[2], -1)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _online_softmax(static, state, stored, values, beta, sink, mask, position):
     """(out [batch, heads, group, queries, value_dim], log of the total [..., queries]).
 
-    Both 0 where a query sees nothing and has no sink. values None reads `stored`.
+    stored and values come as `_flat_tiles`, mask as `_tiles`; values None reads `stored`. Both are
+    0 where a query sees nothing and has no sink.
     """
     size, precision = static
     low = jnp.finfo(state.dtype).min
 
+    # nothing of a tile is kept: not its scores, nor what it is in another shape
+    @functools.partial(jax.checkpoint, prevent_cse=False)
     def add(carry, tile):
         top, total, summed = carry
         first, keys, reads, mask = tile
+        keys, reads = _of_tile(keys, size, state), _of_tile(reads, size, state)
         scores = score(state, keys, beta, precision)
         part = visible(mask, position, first, keys.shape[1])
         scores = jnp.where(part, scores, low)
@@ -139,14 +151,16 @@ def _online_softmax(static, state, stored, values, beta, sink, mask, position):
         return (new, total, summed * kept[..., None] + more), None
 
     shape = (state.shape[0], *state.shape[2:4], state.shape[1])
-    dim = (stored if values is None else values).shape[-1]
+    each = state.shape[0] * state.shape[2] * size
+    dim = (stored if values is None else values).shape[1] // each
+    first = size * jnp.arange(stored.shape[0], dtype=jnp.int32)
     top, total = jnp.full(shape, low, state.dtype), jnp.zeros(shape, state.dtype)
     if sink is not None:
         top = jnp.maximum(top, sink[..., None])
         total = jnp.exp(sink[..., None] - top)
     start = (top, total, jnp.zeros((*shape, dim), state.dtype))
     start = vary_together((*start, state))[:3]
-    (top, total, summed), _ = jax.lax.scan(add, start, _tiles(size, stored, values, mask))
+    (top, total, summed), _ = jax.lax.scan(add, start, (first, stored, values, mask))
     held = total > 0
     total = jnp.where(held, total, 1)
     return summed / total[..., None], jnp.where(held, top + jnp.log(total), 0)
@@ -165,7 +179,7 @@ def _online_softmax_jvp(static, primals, tangents):
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def change(tile, d_tile, d_state, d_beta):
         first, keys, reads, mask = tile
-        d_keys, d_reads = d_tile
+        keys, reads, d_keys, d_reads = (_of_tile(x, size, state) for x in (keys, reads, *d_tile))
         scores = score(state, keys, beta, precision)
         part = visible(mask, position, first, keys.shape[1])
         p = jnp.where(part, jnp.exp(jnp.where(part, scores - total[..., None], 0)), 0)
@@ -185,9 +199,9 @@ def _online_softmax_jvp(static, primals, tangents):
         return (carry[0] + d_total, carry[1] + d_out), None
 
     start = vary_together((jnp.zeros_like(total), jnp.zeros_like(out), state))[:2]
-    tiles = _tiles(size, stored, values, mask)
-    _, d_keys, d_reads, _ = _tiles(size, d_stored, d_values, None)
-    (d_total, d_out), _ = jax.lax.scan(add, start, (tiles, (d_keys, d_reads)))
+    first = size * jnp.arange(stored.shape[0], dtype=jnp.int32)
+    tiles = ((first, stored, values, mask), (d_stored, d_values))
+    (d_total, d_out), _ = jax.lax.scan(add, start, tiles)
     if sink is not None:
         held = jnp.exp(sink[..., None] - total)
         d_total = d_total + held * d_sink[..., None]

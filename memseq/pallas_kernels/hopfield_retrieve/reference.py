@@ -49,7 +49,7 @@ def reference(
         "position": position,
     }
     attend = whole_rows(separation, budget, precision)
-    out, energies = retrieve(attend, query.astype(dtype), memory, **options)
+    out, energies, _ = retrieve(attend, query.astype(dtype), memory, **options)
     return out.astype(result), energies
 
 
