@@ -1,5 +1,6 @@
 """`hopfield_retrieve`: arguments, checks and dispatch."""
 
+import dataclasses
 import numbers
 
 import jax
@@ -9,10 +10,11 @@ from memseq.pallas_kernels.common import checks
 from memseq.pallas_kernels.common.dispatch import Forms, run
 from memseq.pallas_kernels.hopfield_retrieve.chunked import chunked
 from memseq.pallas_kernels.hopfield_retrieve.iterate import GRADIENTS
+from memseq.pallas_kernels.hopfield_retrieve.mosaic_tpu import MOSAIC_TPU
 from memseq.pallas_kernels.hopfield_retrieve.reference import reference
 from memseq.pallas_kernels.hopfield_retrieve.separation import SEPARATIONS, STATE_NORMS
 
-FORMS = Forms("hopfield_retrieve", reference, chunked)
+FORMS = Forms("hopfield_retrieve", reference, chunked, MOSAIC_TPU)
 
 
 def hopfield_retrieve(
@@ -142,7 +144,7 @@ def hopfield_retrieve(
             mask = mask.reshape(1, batch * queries, patterns)
     query = query.reshape(*query.shape[:2], *group, dim)
     out, energies = run(
-        FORMS,
+        dataclasses.replace(FORMS, **_axes(rows, mask)),
         implementation,
         max(query.shape[1], patterns),
         (query, stored, values, beta, alpha, sink, mask, position),
@@ -158,6 +160,23 @@ def hopfield_retrieve(
     )
     out = out.reshape(*given.shape[:3], out.shape[-1])
     return (out, energies.reshape(*given.shape[:3], steps)) if return_energy else out
+
+
+def _axes(rows, mask):
+    """Which dimensions of the forms' arrays devices split: of one row of stored patterns, queries.
+
+    A mask that all rows or all queries share is not split with them.
+    """
+    batch, queries = ("1", "b") if rows == 1 else ("b", "q")
+    query, stored = f"{batch}{queries}hg", f"{batch}nh"
+    seen = ""
+    if mask is not None:
+        first, second = (
+            x if n > 1 else "1" for x, n in zip(batch + queries, mask.shape[:2], strict=True)
+        )
+        seen = f"{first}{second}n"
+    arrays = (f"{query}d", f"{stored}d", f"{stored}v", "hg", "hg", "hg", seen, f"1{queries}")
+    return {"axes": arrays, "out_axes": (f"{query}v", f"{query}s")}
 
 
 def _check_batch(name, x, batch):

@@ -47,18 +47,18 @@ def separate(
     return entmax(scores, alpha, where=part), entmax_conjugate(scores, alpha, where=part)
 
 
-def normalize(state: jax.Array, norm: str | None) -> jax.Array:
+def normalize(state: jax.Array, norm: str | None, axis: int = -1) -> jax.Array:
     """What every new state goes through (Santos et al. 2024, arXiv:2411.08590, section 4.3)."""
     if norm == "l2":
-        return state * jax.lax.rsqrt((state * state).sum(-1, keepdims=True) + 1e-12)
+        return state * jax.lax.rsqrt((state * state).sum(axis, keepdims=True) + 1e-12)
     if norm == "layer":
-        state = state - state.mean(-1, keepdims=True)
-        return state * jax.lax.rsqrt((state * state).mean(-1, keepdims=True) + 1e-5)
+        state = state - state.mean(axis, keepdims=True)
+        return state * jax.lax.rsqrt((state * state).mean(axis, keepdims=True) + 1e-5)
     return jnp.tanh(state) if norm == "tanh" else state
 
 
-def confinement(state: jax.Array, norm: str | None) -> jax.Array:
-    """The energy's term that keeps states bounded, [...] of state [..., dim].
+def confinement(state: jax.Array, norm: str | None, axis: int = -1) -> jax.Array:
+    """The energy's term that keeps states bounded: a state's coordinates lie along `axis`.
 
     |state|^2 / 2 without a norm. What "l2" and "layer" put on a sphere has none left; "tanh" has
     the negative entropy of spins with these means, whose conjugate is log cosh.
@@ -67,7 +67,7 @@ def confinement(state: jax.Array, norm: str | None) -> jax.Array:
         limit = 1 - jnp.finfo(state.dtype).eps  # at 1 the slope is infinite
         bounded = jnp.clip(state, -limit, limit)
         up, down = (1 + bounded) / 2, (1 - bounded) / 2
-        return (jax.scipy.special.xlogy(up, up) + jax.scipy.special.xlogy(down, down)).sum(-1)
+        return (jax.scipy.special.xlogy(up, up) + jax.scipy.special.xlogy(down, down)).sum(axis)
     if norm is not None:
-        return jnp.zeros(state.shape[:-1], state.dtype)
-    return (state * state).sum(-1) / 2
+        return jnp.zeros_like(state.sum(axis))
+    return (state * state).sum(axis) / 2
