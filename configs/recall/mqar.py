@@ -82,7 +82,6 @@ VARIANTS = {layer: {"compare": (layer,)} for layer in LAYERS} | {
         "compare": MATRICES,
         "claims": tuple(f"mqar 64x16: {layer} >= 0.85" for layer in MATRICES),
         "training.learning_rates": (5e-3,),
-        "training.copies_together": True,
         "tasks.mqar.options.vocab_size": 64,
         "tasks.mqar.options.noise": "zero",
         "tasks.mqar.training.steps": 450,
