@@ -25,16 +25,12 @@ class Channel(nn.Module):
         return x + nn.Dense(self.features, name="down", **options)(hidden)
 
 
-class HopfieldEncoderBlock(nn.Module):
-    """Association of a set with itself, then a pointwise network, each with a residual.
-
-    Ramsauer et al. 2020, arXiv:2008.02217, section 3, in a transformer's encoder layer, with the
-    norms before. Masked members give 0.
+class HopfieldBlock(nn.Module):
+    """What the blocks share: their fields, and Hopfield layers made with them.
 
     Attributes:
         features, heads, implementation, chunk_size, dtype, param_dtype: as in every layer.
-        expansion: width of the pointwise network in features.
-        options: further fields of `Hopfield`, as (name, value) pairs.
+        options: further fields of the Hopfield layers, as (name, value) pairs.
     """
 
     features: int
@@ -43,15 +39,37 @@ class HopfieldEncoderBlock(nn.Module):
     chunk_size: int | None = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
-    expansion: int = 4
     options: tuple[tuple[str, Any], ...] = ()
+
+    OPERATION: ClassVar[str] = "hopfield_retrieve"
+
+    @nn.nowrap
+    def hopfield(self, layer: type[Hopfield] = Hopfield, **options) -> Hopfield:
+        """A Hopfield layer with the block's fields."""
+        shared = {
+            name: getattr(self, name)
+            for name in ("heads", "implementation", "chunk_size", "dtype", "param_dtype")
+        }
+        return layer(self.features, **shared, **dict(self.options), **options)
+
+
+class HopfieldEncoderBlock(HopfieldBlock):
+    """Association of a set with itself, then a pointwise network, each with a residual.
+
+    Ramsauer et al. 2020, arXiv:2008.02217, section 3, in a transformer's encoder layer, with the
+    norms before. Masked members give 0.
+
+    Attributes: those of `HopfieldBlock`, and
+        expansion: width of the pointwise network in features.
+    """
+
+    expansion: int = 4
 
     PAPER: ClassVar[str] = Hopfield.PAPER
     MEMORY: ClassVar[str] = "the set itself, 2 x [members, heads, head_dim]"
-    OPERATION: ClassVar[str] = "hopfield_retrieve"
 
     def setup(self):
-        self.association = make_hopfield(self)
+        self.association = self.hopfield()
         self.channel = Channel(self.features, self.expansion, self.dtype, self.param_dtype)
 
     def __call__(
@@ -62,7 +80,7 @@ class HopfieldEncoderBlock(nn.Module):
         return y if mask is None else hidden(y, mask)
 
 
-class HopfieldDecoderBlock(nn.Module):
+class HopfieldDecoderBlock(HopfieldBlock):
     """Association of a set with itself, then with a memory, then a pointwise network.
 
     As `HopfieldEncoderBlock`, for a transformer's decoder layer (without causal masks: members of
@@ -74,22 +92,14 @@ class HopfieldDecoderBlock(nn.Module):
     Attributes: those of `HopfieldEncoderBlock`.
     """
 
-    features: int
-    heads: int = 4
-    implementation: str = "auto"
-    chunk_size: int | None = None
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
     expansion: int = 4
-    options: tuple[tuple[str, Any], ...] = ()
 
     PAPER: ClassVar[str] = Hopfield.PAPER
     MEMORY: ClassVar[str] = "stored patterns 2 x [patterns, heads, head_dim]"
-    OPERATION: ClassVar[str] = "hopfield_retrieve"
 
     def setup(self):
-        self.association = make_hopfield(self)
-        self.recall = make_hopfield(self)
+        self.association = self.hopfield()
+        self.recall = self.hopfield()
         self.channel = Channel(self.features, self.expansion, self.dtype, self.param_dtype)
 
     def __call__(
@@ -127,12 +137,3 @@ def associate(block, x, mask, deterministic):
     y = block.association(x, mask, deterministic=deterministic)
     x = x if mask is None else hidden(x, mask)
     return x.astype(y.dtype) + y
-
-
-def make_hopfield(block, layer=Hopfield, **options) -> Hopfield:
-    """A Hopfield layer with a block's own fields."""
-    shared = {
-        name: getattr(block, name)
-        for name in ("heads", "implementation", "chunk_size", "dtype", "param_dtype")
-    }
-    return layer(block.features, **shared, **dict(block.options), **options)

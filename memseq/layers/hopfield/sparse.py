@@ -1,12 +1,11 @@
 """Sparse Hopfield layers, and the block for several time series that is made of them."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from memseq.layers.hopfield.blocks import Channel, make_hopfield
+from memseq.layers.hopfield.blocks import Channel, HopfieldBlock
 from memseq.layers.hopfield.hopfield import Hopfield
 from memseq.layers.hopfield.learned_patterns import HopfieldPooling
 from memseq.pallas_kernels.common.checks import check_array, check_count
@@ -32,7 +31,7 @@ class GeneralizedSparseHopfield(Hopfield):
     PAPER: ClassVar[str] = "Wu et al. 2023, arXiv:2312.17346"
 
 
-class STanHopBlock(nn.Module):
+class STanHopBlock(HopfieldBlock):
     """Sparse association along time, then across series through a few pooled patterns.
 
     Wu et al. 2023, arXiv:2312.17346, section 4 (the two-stage layer of STanHop-Net), with the norms
@@ -42,32 +41,22 @@ class STanHopBlock(nn.Module):
         p  = GSHPooling(x) of each time over series, `patterns` of them
         x <- x + GSH(x, stored = p), each followed by a pointwise network
 
-    Attributes:
+    Attributes: those of `HopfieldBlock`, and
         patterns: pooled patterns between series (the paper's factor).
-        features, heads, implementation, chunk_size, dtype, param_dtype: as in every layer.
-        options: further fields of the Hopfield layers, as (name, value) pairs.
     """
 
-    features: int
-    heads: int = 4
-    implementation: str = "auto"
-    chunk_size: int | None = None
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
     patterns: int = 10
-    options: tuple[tuple[str, Any], ...] = ()
 
     PAPER: ClassVar[str] = GeneralizedSparseHopfield.PAPER
     MEMORY: ClassVar[str] = "the series themselves"
-    OPERATION: ClassVar[str] = "hopfield_retrieve"
 
     def setup(self):
         check_count("patterns", self.patterns, 1)
         options = {"separation": "entmax", "learned_alpha": True}
         options = {k: v for k, v in options.items() if k not in dict(self.options)}
-        self.time = make_hopfield(self, **options)
-        self.pool = make_hopfield(self, HopfieldPooling, patterns=self.patterns, **options)
-        self.series = make_hopfield(self, **options)
+        self.time = self.hopfield(**options)
+        self.pool = self.hopfield(HopfieldPooling, patterns=self.patterns, **options)
+        self.series = self.hopfield(**options)
         channel = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         self.time_channel = Channel(self.features, **channel)
         self.series_channel = Channel(self.features, **channel)
