@@ -16,6 +16,7 @@ from memseq.pallas_kernels import (
     diagonal_plus_low_rank,
     linear_attention,
     linear_scan,
+    mlstm,
     momentum_delta_rule,
     ridge_readout,
     selective_scan,
@@ -28,9 +29,9 @@ ALONE = set(
     softmax_attention sliding_window_attention forgetting_attention path_attention
     differential_attention shared_attention mixture_of_memories bmojo
     log_linear_mamba2 log_linear_gated_delta_net
-    mem_mamba slstm lstm gru lem wave_rnn elm_neuron echo_state reservoir_memory neural_memory
+    mem_mamba layered_mem_mamba factored_bilinear_rnn lmu slstm lstm gru lem
+    wave_rnn elm_neuron echo_state reservoir_memory hippo_memory neural_memory
     titans_lmm titans_mac titans_mag titans_mal moneta yaad memora ttt_linear ttt_mlp omega_net
-    abc light_net mlstm retention mamba3 s4 lssl hippo_memory bilinear_rnn
     """.split()
 )
 SPLIT = [name for name in REGISTRY if name not in ALONE]
@@ -190,6 +191,12 @@ def example(name, rng):
             "log_decay": decays(rng, *matrix[:3]),
             "ridge": 0.5 + rng.random((2, 5)),
         },
+        "mlstm": common
+        | {
+            "log_input": 3 * rng.normal(size=matrix[:3]),
+            "log_forget": decays(rng, *matrix[:3]),
+            "initial_state": (rng.normal(size=(2, 2, 5, 8)), rng.random((2, 2))),
+        },
         "linear_scan": {
             "x": rng.normal(size=channels),
             "log_decay": decays(rng, *channels),
@@ -222,6 +229,7 @@ OPERATIONS = {
         diagonal_plus_low_rank,
         linear_attention,
         linear_scan,
+        mlstm,
         momentum_delta_rule,
         ridge_readout,
         selective_scan,
@@ -236,6 +244,7 @@ CASES = (
     "linear_attention, channels",
     "linear_attention, fixed",
     "linear_scan",
+    "mlstm",
     "momentum_delta_rule",
     "ridge_readout",
     "selective_scan",

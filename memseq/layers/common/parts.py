@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from memseq.pallas_kernels import causal_conv
+from memseq.pallas_kernels.common import context
 from memseq.pallas_kernels.common.segments import Segments, segment_positions, segments
 
 
@@ -150,6 +151,15 @@ def count_positions(
 
     carried: int32 [batch], the positions that this call's first segment has had. Padding is none.
     """
+    if context.axis() is None or segment_ids is None:
+        return _counted(carried, time, segment_ids)
+    ids = context.all_time(segment_ids)
+    with context.over(None):
+        position, reached = _counted(carried, ids.shape[1], ids)
+    return context.own_stretch(position, time), context.at_the_end(reached)
+
+
+def _counted(carried, time, segment_ids):
     shape = carried.shape[0], time
     segs = Segments(jnp.ones(shape, bool), jnp.zeros(shape, jnp.int32))
     if segment_ids is not None:

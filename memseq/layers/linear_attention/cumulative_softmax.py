@@ -14,8 +14,9 @@ from memseq.layers.linear_attention.gated_slot_attention import (
     two_passes,
 )
 from memseq.pallas_kernels import linear_attention
+from memseq.pallas_kernels.common import context
 from memseq.pallas_kernels.common.checks import check_count
-from memseq.pallas_kernels.common.segments import restarts, segments
+from memseq.pallas_kernels.common.segments import begins
 
 NOTHING = -1e30  # the logarithm of a sum of nothing, finite so that gradients are
 
@@ -41,28 +42,42 @@ def cumulative_softmax(
     total = total.astype(logits.dtype)
     restart = jnp.zeros(logits.shape[:2], bool)
     if segment_ids is not None:
-        segs = segments(segment_ids)
-        restart = restarts(segs.index)
-        logits = jnp.where(_outer(segs.valid, logits), logits, NOTHING)
+        restart = begins(segment_ids)
+        logits = jnp.where(_outer(segment_ids >= 0, logits), logits, NOTHING)
+
+    def joined(old, new_segment, new):
+        return jnp.where(_outer(new_segment, new), new, jnp.logaddexp(old, new))
 
     def combine(first, second):
-        (_, old), (new_segment, new) = first, second
-        joined = jnp.where(_outer(new_segment, new), new, jnp.logaddexp(old, new))
-        return first[0] | new_segment, joined
+        return first[0] | second[0], joined(first[1], *second)
 
-    # the carried sum goes before the first position
-    carried = jnp.concatenate([total[:, None], logits], axis=1)
-    starts = jnp.pad(restart, ((0, 0), (1, 0)))
-    _, sums = jax.lax.associative_scan(combine, (starts, carried), axis=1)
+    def running(total):
+        """z before the first position, and after each."""
+        carried = jnp.concatenate([total[:, None], logits], axis=1)
+        starts = jnp.pad(restart, ((0, 0), (1, 0)))
+        return jax.lax.associative_scan(combine, (starts, carried), axis=1)[1]
+
+    split = context.axis() is not None
+    if split:
+        added = running(jnp.full_like(total, NOTHING))[:, -1]
+        total = context.carried_in(
+            total,
+            (restart.any(axis=1), added),
+            lambda stretch, z: joined(z, *stretch),
+            segment_ids,
+            empty=NOTHING,
+        )
+    sums = running(total)
+    last = context.at_the_end(sums[:, -1]) if split else sums[:, -1]
     before, after = sums[:, :-1], sums[:, 1:]
     empty = _outer(restart, before) | (before <= NOTHING / 2)
     log_decay = jnp.where(empty, 0, before - after)
-    return jnp.exp(logits - after), jnp.minimum(log_decay, 0), sums[:, -1]
+    return jnp.exp(logits - after), jnp.minimum(log_decay, 0), last
 
 
 def _outer(mask: jax.Array, like: jax.Array) -> jax.Array:
-    """mask [batch, time] with axes for the rest of `like`."""
-    return mask.reshape(*mask.shape, *[1] * (like.ndim - 2))
+    """mask [batch] or [batch, time] with axes for the rest of `like`."""
+    return mask.reshape(*mask.shape, *[1] * (like.ndim - mask.ndim))
 
 
 @state_dataclass

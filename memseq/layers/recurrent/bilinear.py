@@ -12,7 +12,7 @@ from memseq.layers.common.vector import VectorLayer, VectorState
 from memseq.layers.recurrent.step import Feedback, StepLayer
 from memseq.pallas_kernels import linear_scan
 from memseq.pallas_kernels.common.checks import check_choice, check_count
-from memseq.pallas_kernels.common.segments import restarts, segments
+from memseq.pallas_kernels.common.segments import begins, hide_padding
 
 
 @state_dataclass
@@ -153,9 +153,8 @@ def turned(
     """
     write = jnp.zeros(angle.shape, jnp.result_type(angle, jnp.complex64))
     if segment_ids is not None:  # the scan restarts empty: the first turn is written there
-        valid, index = segments(segment_ids)
-        first = jnp.exp(1j * jnp.where(valid[..., None], angle, 0))
-        write = jnp.where(restarts(index)[..., None], first, write)
+        first = jnp.exp(1j * hide_padding(angle, segment_ids >= 0))
+        write = jnp.where(begins(segment_ids)[..., None], first, write)
     turns, last = linear_scan(
         write,
         jnp.zeros(angle.shape[-1], angle.dtype),

@@ -7,6 +7,7 @@ formed; there is no convolution as long as the sequence and no FFT, which TPUs a
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,8 +15,10 @@ import jax.numpy as jnp
 
 from memseq.layers.recurrent.step import scan_steps
 from memseq.pallas_kernels import linear_scan
+from memseq.pallas_kernels.common import context
 from memseq.pallas_kernels.common.chunks import chunk_length
 from memseq.pallas_kernels.common.segments import hide_padding, segments
+from memseq.pallas_kernels.common.sharded import vary_together
 
 
 class Diagonal(NamedTuple):
@@ -87,6 +90,43 @@ def split(numbers: jax.Array) -> jax.Array:
     if not jnp.issubdtype(numbers.dtype, jnp.complexfloating):
         return numbers
     return jnp.concatenate([numbers.real, numbers.imag], axis=-1)
+
+
+def over_time(
+    form: Callable[..., tuple[jax.Array, jax.Array]],
+    system: Diagonal | Dense,
+    write: jax.Array,
+    read: jax.Array,
+    x: jax.Array,
+    state: jax.Array,
+    segment_ids: jax.Array | None,
+    **options,
+) -> tuple[jax.Array, jax.Array]:
+    """`form` (`in_chunks` or `step_by_step`), also where time is split over devices.
+
+    A stretch takes a state to A^steps state plus where the stretch leads from an empty one.
+    """
+    if context.axis() is None:
+        return form(system, write, read, x, state, segment_ids, **options)
+
+    def run(state):
+        _, state = vary_together((x, state))
+        return form(system, write, read, x, state, segment_ids, **options)
+
+    with context.over(None):
+        _, added = run(jnp.zeros_like(state))
+        valid, index = segments(segment_ids)
+    steps = jnp.sum(valid, axis=1, dtype=jnp.int32)
+
+    def after(stretch, state):
+        added, steps, through = stretch
+        led = system.advance(state, steps, x.shape[1])
+        return jnp.where(through[:, None, None], led, 0) + added
+
+    state = context.carried_in(state, (added, steps, index[:, -1] == 0), after, segment_ids)
+    with context.over(None):
+        y, last = run(state)
+    return y, context.at_the_end(last)
 
 
 def in_chunks(
@@ -162,7 +202,8 @@ def in_chunks(
         None if index is None else cut(index, mode="edge"),
         jnp.arange(0, time, chunk),
     )
-    (state, _), y = jax.lax.scan(step, (state, jnp.zeros((batch,), jnp.int32)), by_chunk)
+    first = jnp.zeros_like(count)
+    (state, _), y = jax.lax.scan(step, (state, first), by_chunk)
     y = jnp.moveaxis(y, 0, 1).reshape(batch, -1, y.shape[-1])[:, :time]
     if order is not None:
         place = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)

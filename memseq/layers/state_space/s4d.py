@@ -17,6 +17,7 @@ from memseq.layers.state_space.invariant import (
     Dense,
     Diagonal,
     in_chunks,
+    over_time,
     split,
     step_by_step,
 )
@@ -87,12 +88,11 @@ class InvariantLayer(StateSpaceLayer):
             lambda a: a.astype(dtype), (system, write, read, widen(x), memory)
         )
         options = self.operation_options(segment_ids)
-        chunked = self.implementation in ("auto", "chunked")
-        if chunked and x.shape[1] >= SHORT:
+        form = step_by_step
+        if self.implementation in ("auto", "chunked") and x.shape[1] >= SHORT:
+            form = in_chunks
             options.pop("implementation")
-            out, memory = in_chunks(system, write, read, wide, memory, **options)
-        else:
-            out, memory = step_by_step(system, write, read, wide, memory, **options)
+        out, memory = over_time(form, system, write, read, wide, memory, **options)
         return out.astype(x.dtype), memory
 
 

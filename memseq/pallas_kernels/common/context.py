@@ -51,19 +51,23 @@ class Split:
         time: names of its arguments with time as their second axis.
         whole: names of its other arrays, which have no time.
         silent: (arguments, n) -> the arguments with nothing written, for a state of n columns if
-            `matrix`.
+            `matrix`. None for an operation made of others, which split time by themselves.
         matrix: a stretch multiplies the state [..., n, columns] from the left by a matrix; else it
             scales each entry.
     """
 
     time: tuple[str, ...]
     whole: tuple[str, ...]
-    silent: Callable[[dict[str, Any], int], dict[str, Any]]
+    silent: Callable[[dict[str, Any], int], dict[str, Any]] | None
     matrix: bool
 
 
 def splits_time(
-    time: tuple[str, ...], silent: Callable, *, matrix: bool, whole: tuple[str, ...] = ()
+    time: tuple[str, ...],
+    silent: Callable | None,
+    *,
+    matrix: bool,
+    whole: tuple[str, ...] = (),
 ) -> Callable:
     """Decorator of an operation `(..., initial_state, segment_ids) -> (out, state)`: see `Split`.
 
@@ -77,7 +81,7 @@ def splits_time(
         @functools.wraps(operation)
         def call(*args, **kwargs):
             name = axis()
-            if name is None:
+            if name is None or silent is None:
                 return operation(*args, **kwargs)
             with over(None):
                 return _across(operation, split, name, signature.bind(*args, **kwargs).arguments)
@@ -110,24 +114,80 @@ def _across(operation, split: Split, name: str, arguments: dict) -> tuple[Any, A
     silent = split.silent(arguments, size)
     _, moved = operation(**silent, initial_state=jax.tree.map(start, added))
 
-    stretches = jax.lax.all_gather((added, moved, _ends(ids)), name)
+    def after(stretch, state):
+        added, moved = stretch
+        return jax.tree.map(
+            lambda m, x, a: (_product(m, x) if split.matrix else m * x) + a, moved, state, added
+        )
+
+    own = carried_in(before, (added, moved), after, ids, name=name)
+    out, last = operation(**arguments, initial_state=own)
+    return out, at_the_end(last, name)
+
+
+def carried_in(
+    before: Any,
+    stretch: Any,
+    after: Callable[[Any, Any], Any],
+    ids: jax.Array | None,
+    *,
+    empty: float = 0,
+    name: str | None = None,
+) -> Any:
+    """The state that this device's stretch of time starts from.
+
+    Args:
+        before: the state before all time, a pytree of arrays [batch, ...].
+        stretch: what this device's stretch does to a state, a pytree of arrays.
+        after: (a stretch, the state before it) -> the state after it.
+        ids: int32 [batch, time] of this stretch; None if nothing restarts between stretches.
+        empty: what a state holds where the stretch before ended in another segment.
+        name: the mesh axis; None is the present one.
+    """
+    name = name or axis()
+    stretches = jax.lax.all_gather((stretch, _ends(ids)), name)
     rank = jax.lax.axis_index(name)
     state = own = before
     seen = last = None if ids is None else jnp.zeros(ids.shape[0], jnp.int32)
     for i in range(jax.lax.axis_size(name)):
-        added, moved, ends = jax.tree.map(lambda x, i=i: x[i], stretches)
+        stretch, ends = jax.tree.map(lambda x, i=i: x[i], stretches)
         if ends is not None:
             first, end, some = ends
             goes_on = ~some | (seen == 0) | (first == last)
-            state = jax.tree.map(lambda x, keep=goes_on: _rows(keep, x, 0), state)
+            state = jax.tree.map(lambda x, keep=goes_on: _rows(keep, x, empty), state)
             last, seen = jnp.where(some, end, last), seen + some
         own = jax.tree.map(lambda a, b, i=i: jnp.where(rank == i, a, b), state, own)
-        state = jax.tree.map(
-            lambda m, x, a: (_product(m, x) if split.matrix else m * x) + a, moved, state, added
-        )
-    out, after = operation(**arguments, initial_state=own)
-    final = rank == jax.lax.axis_size(name) - 1
-    return out, jax.tree.map(lambda x: jax.lax.psum(jnp.where(final, x, 0), name), after)
+        state = after(stretch, state)
+    return own
+
+
+def at_the_end(x: Any, name: str | None = None) -> Any:
+    """The last device's x, a pytree, on all of them: the state after all time."""
+    name = name or axis()
+    final = jax.lax.axis_index(name) == jax.lax.axis_size(name) - 1
+    return jax.tree.map(lambda x: jax.lax.psum(jnp.where(final, x, 0), name), x)
+
+
+def begins_anew(ids: jax.Array) -> jax.Array:
+    """bool [batch]: this stretch begins with another segment than those before ended with."""
+    first, end, some = _ends(ids)
+
+    def after(stretch, last):
+        end, some = stretch
+        return jnp.where(some, end, last)
+
+    last = carried_in(jnp.full_like(end, -1), (end, some), after, None)
+    return some & (last >= 0) & (first != last)
+
+
+def all_time(x: jax.Array) -> jax.Array:
+    """x [batch, stretch, ...] of all devices, [batch, time, ...]; for what is as small as ids."""
+    return jax.lax.all_gather(x, axis(), axis=1, tiled=True)
+
+
+def own_stretch(x: jax.Array, size: int) -> jax.Array:
+    """The positions [batch, size, ...] of this device of x [batch, time, ...]."""
+    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axis()) * size, size, axis=1)
 
 
 def _product(moved, state):

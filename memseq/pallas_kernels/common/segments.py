@@ -65,6 +65,21 @@ def restarts(index: jax.Array) -> jax.Array:
     return jnp.pad(index, ((0, 0), (1, 0)))[:, :-1] != index
 
 
+def begins(segment_ids: jax.Array) -> jax.Array:
+    """bool [batch, time]: the valid positions where a segment begins, but for the first of all.
+
+    Unlike `segments`, also where time is split over devices.
+    """
+    across = context.axis() is not None
+    with context.over(None):
+        valid, index = segments(segment_ids)
+    found = restarts(index)
+    if across:
+        first = valid & (jnp.cumsum(valid, axis=1) == 1)
+        found |= first & context.begins_anew(segment_ids)[:, None]
+    return found
+
+
 def hide_padding(x: jax.Array | None, valid: jax.Array) -> jax.Array | None:
     """x [batch, time, ...] with zeros at padding: zero keys, decays and queries change nothing."""
     if x is None:

@@ -3,11 +3,13 @@
 import jax
 import jax.numpy as jnp
 
+from memseq.pallas_kernels.common import context
 from memseq.pallas_kernels.common.checks import check_array
-from memseq.pallas_kernels.common.segments import hide_padding, restarts, segments
+from memseq.pallas_kernels.common.segments import begins, hide_padding
 from memseq.pallas_kernels.linear_attention import linear_attention
 
 
+@context.splits_time(("query", "key", "value", "log_input", "log_forget"), silent=None, matrix=True)
 def mlstm(
     query: jax.Array,
     key: jax.Array,
@@ -96,23 +98,29 @@ def stabilized(
     falls, rises = log_forget, jnp.maximum(log_input, 0)
     restart = None
     if segment_ids is not None:
-        valid, index = segments(segment_ids)
         log_input, log_forget, falls, rises = (
-            hide_padding(x, valid) for x in (log_input, log_forget, falls, rises)
+            hide_padding(x, segment_ids >= 0) for x in (log_input, log_forget, falls, rises)
         )
-        restart = restarts(index)[..., None]
+        restart = begins(segment_ids)[..., None]
         falls = jnp.where(restart, -jnp.inf, falls)
 
     start = start.astype(falls.dtype)
     steps = jax.lax.stop_gradient((falls, rises))
     fall, rise = jax.lax.associative_scan(one_after_another, steps, axis=1)
-    start = jax.lax.stop_gradient(start)[:, None]
+    start = jax.lax.stop_gradient(start)
+    split = context.axis() is not None
+    if split:
+        start = context.carried_in(
+            start, (fall[:, -1], rise[:, -1]), lambda s, m: jnp.maximum(m + s[0], s[1]), segment_ids
+        )
+    start = start[:, None]
     level = jnp.maximum(start + fall, rise)
+    last = context.at_the_end(level[:, -1]) if split else level[:, -1]
     before = jnp.concatenate([start, level[:, :-1]], axis=1)
     log_decay = _rounded_down(log_forget + before - level)
     if restart is not None:
         log_decay = jnp.where(restart, 0, log_decay)
-    return _rounded_down(log_input - level), log_decay, level, level[:, -1]
+    return _rounded_down(log_input - level), log_decay, level, last
 
 
 def one_after_another(first: tuple, second: tuple) -> tuple[jax.Array, jax.Array]:
