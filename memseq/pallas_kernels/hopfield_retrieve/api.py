@@ -77,7 +77,7 @@ def hopfield_retrieve(
         tolerance: a query whose state moved by no more than this in every coordinate takes no
             further steps; where none takes any, no time is spent. None takes all steps.
         return_energy: also return the energies.
-        chunk_size: stored patterns that the chunked form takes together; changes speed only.
+        chunk_size: stored patterns that are taken together, at most; changes speed only.
         implementation: "auto", or one of `FORMS.available`.
 
     Returns:
