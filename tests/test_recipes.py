@@ -77,8 +77,8 @@ def test_task(copy):
 
 def test_config(copy):
     follow(copy, "config")
-    data = "--config.data.data_dir=data"
-    run(copy, "memseq", "train", "--config=configs/lm/hybrid.py:smoke", "--workdir=run", data)
+    config = "--config=configs/lm/two_memories.py:smoke"
+    run(copy, "memseq", "train", config, "--workdir=run", "--config.data.data_dir=data")
     assert (copy / "run" / "metrics.jsonl").stat().st_size
 
 
