@@ -10,7 +10,7 @@ j to the border and from the border to i, two factors <= 1 that separate into ke
 border is never in row i's future, so rounding cannot carry later decays into earlier rows.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -51,13 +51,27 @@ def masked_exp(exponent: jax.Array, mask: jax.Array) -> jax.Array:
 
 def sums_from_start(log_decay: jax.Array, axis: int, exclusive: bool = False) -> jax.Array:
     """Sum of the log decays from the chunk's first position to each one (exclusive: before it)."""
+    if axis == -2:
+        return _products(log_decay, lambda step, i: step < i if exclusive else step <= i)
     sums = jnp.cumsum(log_decay, axis=axis)
     return shifted(sums, axis, 1) if exclusive else sums
 
 
 def sums_to_end(log_decay: jax.Array, axis: int) -> jax.Array:
     """Sum of the log decays after each position, to the chunk's last one."""
+    if axis == -2:
+        return _products(log_decay, lambda step, i: step > i)
     return shifted(jnp.flip(jnp.cumsum(jnp.flip(log_decay, axis), axis=axis), axis), axis, -1)
+
+
+def _products(log_decay: jax.Array, taken: Callable) -> jax.Array:
+    """[..., chunk, D]: at each i the sum over the steps that `taken(step, i)` says.
+
+    With channels, a CPU is faster at a matrix product than at a cumulative sum.
+    """
+    step, i = np.ogrid[: log_decay.shape[-2], : log_decay.shape[-2]]
+    weights = taken(step, i).astype(log_decay.dtype)
+    return jnp.einsum("...ld,li->...id", log_decay, weights, precision=HIGHEST)
 
 
 def shifted(x: jax.Array, axis: int, by: int) -> jax.Array:
