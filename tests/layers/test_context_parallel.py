@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 
 from memseq.layers import REGISTRY, GatedDeltaNet, LinearAttention, context_parallel
+from memseq.layers.common.parts import count_positions
+from memseq.layers.linear_attention.cumulative_softmax import cumulative_softmax
+from memseq.layers.state_space.invariant import Dense, in_chunks, over_time
 from memseq.pallas_kernels import (
     attention,
     causal_conv,
@@ -21,6 +24,9 @@ from memseq.pallas_kernels import (
     ridge_readout,
     selective_scan,
 )
+from memseq.pallas_kernels.common import context
+from memseq.pallas_kernels.common.segments import begins
+from memseq.pallas_kernels.mlstm.api import stabilized
 from memseq.partitioning import make_mesh
 
 # Their memory is no linear state, or they look across time beside their operations.
@@ -270,6 +276,58 @@ def test_operations(name):
         arguments = jax.tree.map(jnp.asarray, example(name, np.random.default_rng(0)))
         want, got = both(function, arguments, ids)
     closes(got, want, 1e-9)
+
+
+def positions(ids, x, start):
+    position, reached = count_positions(jnp.asarray([3, 6]), ids.shape[1], ids)
+    return position[..., None], reached
+
+
+def softmax_so_far(ids, x, start):
+    written, log_decay, total = cumulative_softmax(x, start[..., 0], ids)
+    valid = (ids >= 0)[..., None]  # at padding it means nothing
+    return jnp.where(valid, jnp.concatenate([written, log_decay], -1), 0), total
+
+
+def stabilizer(ids, x, start):
+    found = stabilized(3 * x, -abs(x), abs(start[..., 0]), ids)
+    return jnp.concatenate(found[:3], -1), found[3]
+
+
+def fixed_matrix(ids, x, start):
+    matrix = jnp.asarray(0.5 * np.random.default_rng(1).normal(size=(3, 2, 2)))
+    system, ones = Dense(matrix), jnp.ones((3, 2))
+    return over_time(in_chunks, system, ones, ones, x, start, ids, chunk_size=4)
+
+
+PARTS = (
+    lambda ids, x, start: (begins(ids)[..., None], jnp.zeros(1)),
+    positions,
+    softmax_so_far,
+    stabilizer,
+    fixed_matrix,
+)
+
+
+@pytest.mark.parametrize("part", PARTS, ids=range(len(PARTS)))
+def test_what_layers_carry_besides_operations(part):
+    """Positions, running sums of exponentials, stabilisers, powers of a matrix."""
+    rng = np.random.default_rng(0)
+    ids = np.pad(IDS, ((0, 0), (0, 3)), constant_values=-1)
+    spec = jax.sharding.PartitionSpec
+    with jax.enable_x64(True):
+        x, start = jnp.asarray(rng.normal(size=(2, 40, 3))), jnp.asarray(rng.normal(size=(2, 3, 2)))
+        want = part(jnp.asarray(ids), x, start)
+
+        def stretch(ids, x):
+            with context.over("context"):
+                return part(ids, x, start)
+
+        over = spec(None, "context")
+        call = jax.shard_map(
+            stretch, mesh=mesh(4), in_specs=over, out_specs=(over, spec()), axis_names={"context"}
+        )
+        closes(jax.jit(call)(jnp.asarray(ids), x), want, 1e-12)
 
 
 def test_arrays_may_be_numpy():

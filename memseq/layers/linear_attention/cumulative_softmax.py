@@ -64,8 +64,7 @@ def cumulative_softmax(
             total,
             (restart.any(axis=1), added),
             lambda stretch, z: joined(z, *stretch),
-            segment_ids,
-            empty=NOTHING,
+            None,
         )
     sums = running(total)
     last = context.at_the_end(sums[:, -1]) if split else sums[:, -1]

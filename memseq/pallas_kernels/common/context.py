@@ -120,7 +120,7 @@ def _across(operation, split: Split, name: str, arguments: dict) -> tuple[Any, A
             lambda m, x, a: (_product(m, x) if split.matrix else m * x) + a, moved, state, added
         )
 
-    own = carried_in(before, (added, moved), after, ids, name=name)
+    own = carried_in(before, (added, moved), after, ids, name)
     out, last = operation(**arguments, initial_state=own)
     return out, at_the_end(last, name)
 
@@ -130,8 +130,6 @@ def carried_in(
     stretch: Any,
     after: Callable[[Any, Any], Any],
     ids: jax.Array | None,
-    *,
-    empty: float = 0,
     name: str | None = None,
 ) -> Any:
     """The state that this device's stretch of time starts from.
@@ -140,8 +138,8 @@ def carried_in(
         before: the state before all time, a pytree of arrays [batch, ...].
         stretch: what this device's stretch does to a state, a pytree of arrays.
         after: (a stretch, the state before it) -> the state after it.
-        ids: int32 [batch, time] of this stretch; None if nothing restarts between stretches.
-        empty: what a state holds where the stretch before ended in another segment.
+        ids: int32 [batch, time] of this stretch: the state is zero where the stretch before ended
+            in another segment. None if `after` sees to that.
         name: the mesh axis; None is the present one.
     """
     name = name or axis()
@@ -154,7 +152,7 @@ def carried_in(
         if ends is not None:
             first, end, some = ends
             goes_on = ~some | (seen == 0) | (first == last)
-            state = jax.tree.map(lambda x, keep=goes_on: _rows(keep, x, empty), state)
+            state = jax.tree.map(lambda x, keep=goes_on: _kept(keep, x), state)
             last, seen = jnp.where(some, end, last), seen + some
         own = jax.tree.map(lambda a, b, i=i: jnp.where(rank == i, a, b), state, own)
         state = after(stretch, state)
@@ -194,9 +192,9 @@ def _product(moved, state):
     return jnp.einsum("...ij,...jv->...iv", moved, state, precision=jax.lax.Precision.HIGHEST)
 
 
-def _rows(keep: jax.Array, x: jax.Array, other) -> jax.Array:
-    """x [batch, ...] where `keep` [batch], else `other`."""
-    return jnp.where(keep.reshape(-1, *[1] * (x.ndim - 1)), x, other)
+def _kept(keep: jax.Array, x: jax.Array) -> jax.Array:
+    """x [batch, ...] where `keep` [batch], else 0."""
+    return jnp.where(keep.reshape(-1, *[1] * (x.ndim - 1)), x, 0)
 
 
 def _ends(ids: jax.Array | None):

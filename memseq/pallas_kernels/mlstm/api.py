@@ -111,7 +111,7 @@ def stabilized(
     split = context.axis() is not None
     if split:
         start = context.carried_in(
-            start, (fall[:, -1], rise[:, -1]), lambda s, m: jnp.maximum(m + s[0], s[1]), segment_ids
+            start, (fall[:, -1], rise[:, -1]), lambda s, m: jnp.maximum(m + s[0], s[1]), None
         )
     start = start[:, None]
     level = jnp.maximum(start + fall, rise)
