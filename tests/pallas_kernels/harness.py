@@ -176,27 +176,26 @@ def check_kernel(operation, inputs, options, rng):
         assert_close(gradient, exact[1][name], 2e-4 if name in GATES else 5e-5, name)
 
 
-def check_kernel_16_bit(operation, inputs, options, rng, chunk):
+def check_kernel_16_bit(operation, inputs, options, rng, chunk, wide=(*GATES, "initial_state")):
     """bfloat16 inputs: nowhere more than twice as far off as the chunked form on a TPU.
 
-    The measure is float64 on the same rounded inputs; gates stay float32. Of each tensor, the worst
-    head and stretch of `chunk` steps counts, by its own size.
+    The measure is float64 on the same rounded inputs; those named in `wide` stay float32. Of each
+    tensor, the worst head and stretch of `chunk` steps counts, by its own size.
     """
     narrow = {
-        k: jnp.asarray(x, jnp.float32 if k in GATES or k == "initial_state" else jnp.bfloat16)
-        for k, x in inputs.items()
+        k: jnp.asarray(x, jnp.float32 if k in wide else jnp.bfloat16) for k, x in inputs.items()
     }
-    wide = {k: np.asarray(x, np.float64) for k, x in narrow.items()}
+    exactly = {k: np.asarray(x, np.float64) for k, x in narrow.items()}
 
     def call(form):
         return with_gradients(lambda x: operation(**x, **options, implementation=form))
 
     with jax.enable_x64(True):
-        shapes = jax.eval_shape(lambda x: operation(**x, **options), wide)
+        shapes = jax.eval_shape(lambda x: operation(**x, **options), exactly)
         cotangents = jax.tree.map(
             lambda c: np.asarray(c.astype(jnp.bfloat16), np.float64), cotangents_like(rng, shapes)
         )
-        exact = jax.jit(call("reference"))(wide, cotangents)
+        exact = jax.jit(call("reference"))(exactly, cotangents)
     with mock.patch.object(jnp, "einsum", einsum_of_a_tpu):
         chunked = jax.jit(call("chunked"))(narrow, cotangents)
     with interpreted():

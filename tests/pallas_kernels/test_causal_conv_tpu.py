@@ -3,15 +3,14 @@
 from unittest import mock
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from memseq.pallas_kernels.causal_conv import causal_conv, mosaic_tpu
 from tests.pallas_kernels.harness import (
-    assert_close,
     assert_same,
     check_kernel,
+    check_kernel_16_bit,
     cotangents_like,
     interpreted,
     packed_ids,
@@ -70,20 +69,9 @@ def test_tpu_kernels_everywhere(time, width, longest, activation, bias):
 
 
 def test_tpu_kernels_with_16_bit_inputs():
-    """Nothing is lost but the rounding of what is returned; sums over time are float32."""
-    inputs, options, rng = build(97, 4, "silu", 40, batch=3)
-    narrow = {k: jnp.asarray(x, jnp.bfloat16) for k, x in inputs.items()}
-    shapes = jax.eval_shape(lambda x: causal_conv(**x, **options), narrow)
-    cotangents = jax.tree.map(lambda c: c.astype(jnp.bfloat16), cotangents_like(rng, shapes))
-
-    def call(form):
-        return jax.jit(with_gradients(lambda x: causal_conv(**x, **options, implementation=form)))
-
-    with interpreted():
-        found = call("mosaic_tpu")(narrow, cotangents)
-    assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(found))
-    wide = jax.tree.map(lambda x: x.astype(jnp.float32), (narrow, cotangents))
-    assert_close(found, call("reference")(*wide), 2**-8)
+    """The state is of the inputs' dtype too."""
+    case = build(97, 4, "silu", 40, batch=3)
+    check_kernel_16_bit(causal_conv, *case, 64, wide=())
 
 
 def test_the_future_and_other_rows_change_nothing():

@@ -13,11 +13,11 @@ from memseq.pallas_kernels.linear_scan import linear_scan
 from memseq.pallas_kernels.linear_scan.shapes import SHAPES, example
 from tests.pallas_kernels import oracles_scan
 from tests.pallas_kernels.harness import (
-    assert_close,
     assert_same,
     check_16_bit,
     check_agreement,
     check_kernel,
+    check_kernel_16_bit,
     cotangents_like,
     hard_decay,
     interpreted,
@@ -175,23 +175,17 @@ def test_tpu_kernels_on_long_rows(chunk_size):
 
 @pytest.mark.usefixtures("short_loops")
 def test_tpu_kernels_with_16_bit_inputs():
-    """Nothing is lost but the rounding of what is returned; gates may be narrow too."""
-    inputs, options, rng = Case(17, longest=20, batch=1, chunk_size=16).build()
-    narrow = {k: jnp.asarray(x, jnp.bfloat16) for k, x in inputs.items()}
-    wide = {k: np.asarray(x, np.float64) for k, x in narrow.items()}
+    """Gates may be narrow too."""
+    case = Case(33, longest=20, batch=1, chunk_size=16)
+    check_kernel_16_bit(operation, *case.build(), 16, wide=())
 
-    def call(form):
-        return with_gradients(lambda x: linear_scan(**x, **options, implementation=form))
 
-    cotangents = cotangents_like(rng, oracles_scan.linear_scan(**inputs))
-    cotangents = jax.tree.map(lambda c: jnp.asarray(c, jnp.bfloat16), cotangents)
-    with jax.enable_x64(True):
-        exact = jax.jit(call("reference"))(wide, cotangents)
-    with interpreted():
-        found = jax.jit(call("mosaic_tpu"))(narrow, cotangents)
-    assert [x.dtype for x in found[0]] == [jnp.bfloat16, jnp.float32]
-    assert all(x.dtype == jnp.bfloat16 for x in found[1].values())
-    assert_close(found, exact, 2**-8)
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", GATES)
+@pytest.mark.parametrize("longest", [None, 20])
+def test_tpu_kernels_with_16_bit_inputs_everywhere(phase, longest):
+    case = Case(70, "step", "step", phase, phase is not None, longest, batch=2, chunk_size=16)
+    check_kernel_16_bit(operation, *case.build(), 16)
 
 
 @pytest.mark.usefixtures("short_loops")

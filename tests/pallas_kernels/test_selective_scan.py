@@ -19,6 +19,7 @@ from tests.pallas_kernels.harness import (
     check_16_bit,
     check_agreement,
     check_kernel,
+    check_kernel_16_bit,
     cotangents_like,
     hard_decay,
     interpreted,
@@ -192,23 +193,17 @@ def test_tpu_kernels_on_long_rows():
 
 @pytest.mark.usefixtures("short_loops")
 def test_tpu_kernels_with_16_bit_inputs():
-    """Nothing is lost but the rounding of what is returned."""
-    inputs, options, rng = Case(17, longest=20, batch=1, chunk_size=16).build()
-    narrow = {k: jnp.asarray(x, jnp.bfloat16) for k, x in inputs.items()}
-    wide = {k: np.asarray(x, np.float64) for k, x in narrow.items()}
+    """Rates and step sizes may be narrow too."""
+    case = Case(17, longest=20, batch=1, chunk_size=16)
+    check_kernel_16_bit(selective_scan, *case.build(), 16, wide=())
 
-    def call(form):
-        return with_gradients(lambda x: selective_scan(**x, **options, implementation=form))
 
-    cotangents = cotangents_like(rng, (inputs["x"], inputs["initial_state"]))
-    cotangents = jax.tree.map(lambda c: jnp.asarray(c, jnp.bfloat16), cotangents)
-    with jax.enable_x64(True):
-        exact = jax.jit(call("reference"))(wide, cotangents)
-    with interpreted():
-        found = jax.jit(call("mosaic_tpu"))(narrow, cotangents)
-    assert [x.dtype for x in found[0]] == [jnp.bfloat16, jnp.float32]
-    assert all(x.dtype == jnp.bfloat16 for x in found[1].values())
-    assert_close(found, exact, 2**-8)
+@pytest.mark.slow
+@pytest.mark.parametrize("groups", [None, 2])
+@pytest.mark.parametrize("longest", [None, 20])
+def test_tpu_kernels_with_16_bit_inputs_everywhere(groups, longest):
+    case = Case(70, groups, longest=longest, state_dim=16, chunk_size=16)
+    check_kernel_16_bit(selective_scan, *case.build(), 16)
 
 
 @pytest.mark.usefixtures("short_loops")
