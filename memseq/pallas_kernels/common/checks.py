@@ -103,8 +103,11 @@ def check_choice(name: str, value: object, choices: Iterable[str | None]) -> Non
 
 
 def state_dtype(*arrays: jax.Array | None) -> jnp.dtype:
-    """float64 where an input is float64, else float32: the dtype of states, gates and sums."""
-    wide = any(x is not None and jnp.result_type(x) == jnp.float64 for x in arrays)
+    """float64 where an input is float64, else float32: the dtype of states, gates and sums.
+
+    What is no array does not count: the check of that argument names it.
+    """
+    wide = any(hasattr(x, "dtype") and jnp.result_type(x) == jnp.float64 for x in arrays)
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
