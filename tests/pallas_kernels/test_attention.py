@@ -7,7 +7,6 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from memseq.pallas_kernels import attention
-from memseq.pallas_kernels.attention.shapes import SHAPES, example
 from tests.pallas_kernels import oracles
 from tests.pallas_kernels.harness import (
     assert_close,
@@ -327,71 +326,3 @@ def test_transforms():
     forward = (np.asarray(a["jvp"]) * cotangent).sum()
     backward = sum((np.asarray(c[1][k]) * direction[k]).sum() for k in inputs)
     np.testing.assert_allclose(forward, backward, rtol=1e-9)
-
-
-BAD = {
-    "query: expected [batch, queries, heads, dim]": {"query": np.zeros((2, 5, 4), np.float32)},
-    "key: expected [batch, keys, key_heads, dim] = [2, any, any, 4], got shape [2, 5, 2, 3]": {
-        "key": np.zeros((2, 5, 2, 3), np.float32)
-    },
-    "value: expected [batch, keys, key_heads, value_dim] = [2, 5, 2, any]": {
-        "value": np.zeros((2, 5, 4, 3), np.float32)
-    },
-    "query: the number of its heads must be a multiple of the key's 2, got 3": {
-        "query": np.zeros((2, 5, 3, 4), np.float32)
-    },
-    "sinks: expected [heads] = [4], got shape [2]": {"sinks": np.zeros(2, np.float32)},
-    "log_forget: expected [batch, keys, heads] = [2, 5, 4], got shape [2, 5, 2]": {
-        "log_forget": np.zeros((2, 5, 2), np.float32)
-    },
-    "window: expected an integer of at least 1 or None, got 0": {"window": 0},
-    "sink_tokens: expected an integer of at least 0, got -1": {"sink_tokens": -1},
-    "query_segments: expected int32 [batch, time], got float32": {
-        "query_segments": np.zeros((2, 5), np.float32)
-    },
-    "query_segments: needed where key_segments are given": {
-        "key_segments": np.zeros((2, 5), np.int32)
-    },
-    "query_positions: needed where key_positions are given": {
-        "key_positions": np.zeros((2, 5), np.int32)
-    },
-    "query_positions, key_positions: needed by causal, window and log_forget where the number of "
-    "keys is not that of queries (5 keys, 3 queries), got None": {
-        "query": np.zeros((2, 3, 4, 4), np.float32)
-    },
-    "key_positions: needed by causal": {
-        "query": np.zeros((2, 3, 4, 4), np.float32),
-        "query_positions": np.zeros((2, 3), np.int32),
-    },
-    "key_segments: needed where the number of keys is not that of queries": {
-        "query": np.zeros((2, 3, 4, 4), np.float32),
-        "query_segments": np.zeros((2, 3), np.int32),
-    },
-    "implementation: attention has no form 'mosaic_tpu' yet": {"implementation": "mosaic_tpu"},
-}
-
-
-@pytest.mark.parametrize("message", BAD, ids=[m.partition(":")[0] for m in BAD])
-def test_bad_input(message):
-    good = {
-        "query": np.zeros((2, 5, 4, 4), np.float32),
-        "key": np.zeros((2, 5, 2, 4), np.float32),
-        "value": np.zeros((2, 5, 2, 3), np.float32),
-    }
-    with pytest.raises(ValueError) as error:
-        attention(**good | BAD[message])
-    assert str(error.value).startswith(message)
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_named_shapes(name):
-    shape = SHAPES[name]
-    arguments = example(shape._replace(time=1, batch=1), jax.random.key(0))
-    window = arguments.pop("window")
-    shapes = {
-        k: jax.ShapeDtypeStruct((shape.batch, shape.time, *x.shape[2:]), jnp.bfloat16)
-        for k, x in arguments.items()
-    }
-    out = jax.eval_shape(lambda x: attention(**x, window=window), shapes)
-    assert out.shape == (shape.batch, shape.time, shape.heads, shape.dim)
-    assert out.dtype == jnp.bfloat16

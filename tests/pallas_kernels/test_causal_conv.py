@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from memseq.pallas_kernels import causal_conv
-from memseq.pallas_kernels.causal_conv.shapes import SHAPES, example
 from tests.pallas_kernels import oracles
 from tests.pallas_kernels.harness import check_16_bit, check_agreement, packed_ids
 
@@ -84,44 +83,3 @@ def test_only_padding_leaves_the_state():
         y, state = causal_conv(**inputs, segment_ids=ids, implementation=form)
         np.testing.assert_array_equal(y, np.zeros_like(y))
         np.testing.assert_array_equal(state, inputs["initial_state"])
-
-
-BAD = {
-    "x: expected [batch, time, channels] = [any, any, any], got shape [2, 5]": {
-        "x": np.zeros((2, 5), np.float32)
-    },
-    "x: expected a floating-point array, got dtype int32": {"x": np.zeros((2, 5, 3), np.int32)},
-    "kernel: expected [width, channels] = [any, 3], got shape [4, 2]": {"kernel": np.ones((4, 2))},
-    "kernel: expected at least one tap, got width 0": {"kernel": np.ones((0, 3), np.float32)},
-    "bias: expected [channels] = [3], got shape [1]": {"bias": np.ones(1, np.float32)},
-    "activation: expected one of None, 'silu', 'gelu', 'relu', got 'silo'; did you mean 'silu'?": {
-        "activation": "silo"
-    },
-    "initial_state: expected [batch, width - 1, channels] = [2, 3, 3], got shape [2, 4, 3]": {
-        "initial_state": np.zeros((2, 4, 3), np.float32)
-    },
-    "segment_ids: expected [batch, time] = [2, 5], got shape [2, 4]": {
-        "segment_ids": np.zeros((2, 4), np.int32)
-    },
-    "implementation: causal_conv has no form 'mosaic_gpu' yet; it has reference, chunked": {
-        "implementation": "mosaic_gpu"
-    },
-}
-
-
-@pytest.mark.parametrize("message", BAD, ids=[m.partition(":")[0] for m in BAD])
-def test_bad_input(message):
-    good = {"x": np.zeros((2, 5, 3), np.float32), "kernel": np.ones((4, 3), np.float32)}
-    with pytest.raises(ValueError) as error:
-        causal_conv(**good | BAD[message])
-    assert str(error.value).startswith(message)
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_named_shapes(name):
-    shape = SHAPES[name]
-    arrays = jax.eval_shape(lambda: example(shape, jax.random.key(0), jnp.bfloat16))
-    y, state = jax.eval_shape(lambda arrays: causal_conv(**arrays), arrays)
-    assert y.shape == (shape.batch, shape.time, shape.channels)
-    assert state.shape == (shape.batch, shape.width - 1, shape.channels)
-    assert y.dtype == state.dtype == jnp.bfloat16

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from memseq.pallas_kernels import delta_rule
-from memseq.pallas_kernels.delta_rule.shapes import SHAPES, example
 from tests.pallas_kernels import oracles
 from tests.pallas_kernels.harness import (
     assert_close,
@@ -190,60 +189,3 @@ def test_gradients_stay_finite_where_keys_repeat():
         for form in ("reference", "chunked")
     }
     assert_close(results["chunked"], results["reference"], 1e-4)
-
-
-BAD = {
-    "query: expected [batch, time, key_heads, key_dim] = [any, any, any, any]": {
-        "query": np.zeros((2, 5, 4))
-    },
-    "key: expected query's [batch, time, key_heads, key_dim] = [2, 5, 2, 4]": {
-        "key": np.zeros((2, 5, 2, 3))
-    },
-    "value: expected a floating-point array, got dtype int64": {
-        "value": np.zeros((2, 5, 2, 3), np.int64)
-    },
-    "value: the number of its heads must be a multiple of the key's 2, got 3": {
-        "value": np.zeros((2, 5, 3, 3))
-    },
-    "beta: expected [batch, time, heads] = [2, 5, 2], got shape [2, 5]": {"beta": np.zeros((2, 5))},
-    "log_decay: expected [heads] = [2]": {"log_decay": np.zeros((2, 5, 4))},
-    "erase_key: expected key's shape = [2, 5, 2, 4], got shape [2, 5, 4, 4]": {
-        "erase_key": np.zeros((2, 5, 4, 4))
-    },
-    "erase: expected one of 'decayed', 'undecayed', got 'undecay'; did you mean 'undecayed'?": {
-        "erase": "undecay"
-    },
-    "initial_state: expected [batch, heads, key_dim, value_dim] = [2, 2, 4, 3]": {
-        "initial_state": np.zeros((2, 2, 3, 4))
-    },
-    "segment_ids: expected int32 [batch, time], got float32": {
-        "segment_ids": np.zeros((2, 5), np.float32)
-    },
-    "chunk_size: expected an integer of at least 1 or None, got 2.5": {"chunk_size": 2.5},
-    "implementation: delta_rule has no form 'mosaic_gpu' yet; it has reference, chunked, "
-    "mosaic_tpu": {"implementation": "mosaic_gpu"},
-}
-
-
-@pytest.mark.parametrize("message", BAD, ids=[m.partition(":")[0] for m in BAD])
-def test_bad_input(message):
-    good = {
-        "query": np.zeros((2, 5, 2, 4), np.float32),
-        "key": np.zeros((2, 5, 2, 4), np.float32),
-        "value": np.zeros((2, 5, 2, 3), np.float32),
-        "beta": np.zeros((2, 5, 2), np.float32),
-    }
-    with pytest.raises(ValueError) as error:
-        delta_rule(**good | BAD[message])
-    assert str(error.value).startswith(message)
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_named_shapes(name):
-    shape = SHAPES[name]
-    arrays = jax.eval_shape(lambda: example(shape, jax.random.key(0), jnp.bfloat16))
-    out, state = jax.eval_shape(lambda arrays: delta_rule(**arrays), arrays)
-    assert out.shape == (shape.batch, shape.time, shape.heads, shape.value_dim)
-    assert out.dtype == jnp.bfloat16
-    assert state.shape == (shape.batch, shape.heads, shape.key_dim, shape.value_dim)
-    assert state.dtype == jnp.float32

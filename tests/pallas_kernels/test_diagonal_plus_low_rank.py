@@ -240,59 +240,6 @@ def test_tpu_kernels_with_16_bit_inputs():
     assert_close(gradients, exact[1], 2**-7, "gradients")
 
 
-BAD = {
-    "query: expected [batch, time, key_heads, key_dim] = [any, any, any, any]": {
-        "query": np.zeros((2, 5, 4))
-    },
-    "key: expected query's [batch, time, key_heads, key_dim] = [2, 5, 2, 4]": {
-        "key": np.zeros((2, 5, 2, 3))
-    },
-    "value: the number of its heads must be a multiple of the key's 2, got 3": {
-        "value": np.zeros((2, 5, 3, 3))
-    },
-    "a: expected key's shape = [2, 5, 2, 4] or [batch, time, heads, key_dim] = [2, 5, 4, 4], "
-    "got shape [2, 5, 3, 4]": {"a": np.zeros((2, 5, 3, 4))},
-    "b: expected a floating-point array, got dtype int64": {"b": np.zeros((2, 5, 2, 4), np.int64)},
-    "log_decay: expected an array, got NoneType": {"log_decay": None},
-    "log_decay: expected [heads] = [4]": {"log_decay": np.zeros((2, 5, 2))},
-    "initial_state: expected [batch, heads, key_dim, value_dim] = [2, 4, 4, 3]": {
-        "initial_state": np.zeros((2, 4, 3, 4))
-    },
-    "segment_ids: expected int32 [batch, time], got float32": {
-        "segment_ids": np.zeros((2, 5), np.float32)
-    },
-    "chunk_size: expected an integer of at least 1 or None, got 0": {"chunk_size": 0},
-    "implementation: diagonal_plus_low_rank has no form 'mosaic_gpu' yet": {
-        "implementation": "mosaic_gpu"
-    },
-    "implementation: 'mosaic_tpu' of diagonal_plus_low_rank cannot run: value_dim is 2048": {
-        "value": np.zeros((2, 5, 4, 2048), np.float32),
-        "implementation": "mosaic_tpu",
-    },
-}
-
-
-@pytest.mark.parametrize("message", BAD, ids=[m.partition(":")[0] for m in BAD])
-def test_bad_input(message):
-    key = np.zeros((2, 5, 2, 4), np.float32)
-    good = {name: key for name in ("query", "key", "a", "b")}
-    good |= {"value": np.zeros((2, 5, 4, 3), np.float32), "log_decay": np.zeros(4, np.float32)}
-    with pytest.raises(ValueError) as error:
-        diagonal_plus_low_rank(**good | BAD[message])
-    assert str(error.value).startswith(message)
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_named_shapes(name):
-    shape = SHAPES[name]
-    arrays = jax.eval_shape(lambda: example(shape, jax.random.key(0), jnp.bfloat16))
-    out, state = jax.eval_shape(lambda arrays: diagonal_plus_low_rank(**arrays), arrays)
-    assert out.shape == (shape.batch, shape.time, shape.heads, shape.value_dim)
-    assert out.dtype == jnp.bfloat16
-    assert state.shape == (shape.batch, shape.heads, shape.key_dim, shape.value_dim)
-    assert state.dtype == jnp.float32
-
-
 def test_example_is_a_stable_memory():
     arrays = jax.jit(lambda key: example(SHAPES["odd"], key))(jax.random.key(0))
     np.testing.assert_allclose(np.linalg.norm(arrays["a"], axis=-1), 1, rtol=1e-5)

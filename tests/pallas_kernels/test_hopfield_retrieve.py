@@ -7,7 +7,6 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from memseq.pallas_kernels import attention, hopfield_retrieve
-from memseq.pallas_kernels.hopfield_retrieve.shapes import SHAPES, example
 from tests.pallas_kernels.harness import (
     assert_close,
     assert_same,
@@ -477,73 +476,8 @@ def test_transforms():
     np.testing.assert_allclose(forward, backward, rtol=1e-9)
 
 
-BAD = {
-    "query: expected [batch, queries, heads, dim]": {"query": np.zeros((2, 5, 4), np.float32)},
-    "stored: expected batch 2 or 1, got 3": {"stored": np.zeros((3, 7, 2, 4), np.float32)},
-    "stored: expected [batch or 1, patterns, stored_heads, dim] = [any, any, any, 4]": {
-        "stored": np.zeros((2, 7, 2, 3), np.float32)
-    },
-    "stored: expected at least one pattern": {
-        "stored": np.zeros((2, 0, 2, 4), np.float32),
-        "values": None,
-    },
-    "values: expected [batch as stored, patterns, stored_heads, value_dim] = [2, 7, 2, any]": {
-        "values": np.zeros((2, 6, 2, 3), np.float32)
-    },
-    "query: the number of its heads must be a multiple of the key's 2, got 3": {
-        "query": np.zeros((2, 5, 3, 4), np.float32)
-    },
-    "steps: expected an integer of at least 1, got 0": {"steps": 0},
-    "separation: expected one of 'softmax', 'softmax_n', 'entmax', 'sparsemax', 'budget', got "
-    "'soft'": {"separation": "soft"},
-    "gradient: expected one of": {"gradient": "unroll"},
-    "state_norm: expected one of": {"state_norm": "l1"},
-    "chunk_size: expected an integer of at least 1 or None": {"chunk_size": 0},
-    "budget: expected an integer of at least 1, got None": {"separation": "budget"},
-    "causal: expected as many stored patterns as queries, got 7 patterns and 5": {"causal": True},
-    "tolerance: expected a number >= 0 or None, got -1": {"tolerance": -1},
-    "beta: expected a number > 0 or [heads], got 0": {"beta": 0},
-    "beta: expected a number > 0 or [heads] = [4], got (2,)": {"beta": np.ones(2)},
-    "alpha: expected a number in [1, 2] or [heads], got 3": {"separation": "entmax", "alpha": 3},
-    "sink: only separation 'softmax_n' has one, not 'softmax'": {"sink": 0.0},
-    "mask: expected bool, True takes part, got float32": {"mask": np.ones((2, 7), np.float32)},
-    "mask: expected [batch, patterns] = [2, 7] or [batch, queries, patterns] = [2, 5, 7], got "
-    "[2, 5]": {"mask": np.ones((2, 5), bool)},
-    "implementation: hopfield_retrieve has no form 'mosaic_gpu' yet": {
-        "implementation": "mosaic_gpu"
-    },
-}
-
-
-@pytest.mark.parametrize("message", BAD, ids=[m.partition(":")[0] for m in BAD])
-def test_bad_input(message):
-    good = {
-        "query": np.zeros((2, 5, 4, 4), np.float32),
-        "stored": np.zeros((2, 7, 2, 4), np.float32),
-        "values": np.zeros((2, 7, 2, 3), np.float32),
-    }
-    with pytest.raises(ValueError) as error:
-        hopfield_retrieve(**good | BAD[message])
-    assert str(error.value).startswith(message)
-
-
 def test_whole_numbers_are_temperatures():
     """Peer defect 5: beta=1 is beta=1.0."""
     inputs, _, _ = build(2, 3)
     del inputs["beta"]
     assert_same(hopfield_retrieve(**inputs, beta=1), hopfield_retrieve(**inputs, beta=1.0))
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_named_shapes(name):
-    shape = SHAPES[name]
-    arguments = example(shape._replace(batch=1, queries=1, patterns=1), jax.random.key(0))
-    steps = arguments.pop("steps")
-    rows = {"query": shape.queries, "stored": shape.patterns, "values": shape.patterns}
-    shapes = {
-        k: jax.ShapeDtypeStruct((shape.batch, rows[k], *x.shape[2:]), jnp.bfloat16)
-        for k, x in arguments.items()
-    }
-    out = jax.eval_shape(lambda x: hopfield_retrieve(**x, steps=steps), shapes)
-    assert out.shape == (shape.batch, shape.queries, shape.heads, shape.dim)
-    assert out.dtype == jnp.bfloat16

@@ -10,7 +10,6 @@ import pytest
 
 from memseq.pallas_kernels.common.mosaic_tpu import scan as mosaic_tpu_scan
 from memseq.pallas_kernels.linear_scan import linear_scan
-from memseq.pallas_kernels.linear_scan.shapes import SHAPES, example
 from tests.pallas_kernels import oracles_scan
 from tests.pallas_kernels.harness import (
     assert_same,
@@ -236,40 +235,6 @@ def test_an_oscillator_is_a_cosine():
     np.testing.assert_allclose(out[0], np.exp(1j * angle), atol=2e-5)
 
 
-BAD = {
-    "x: expected [batch, time, channels] = [any, any, any], got shape [2, 5]": {
-        "x": np.zeros((2, 5), np.float32)
-    },
-    "x: expected a floating-point array, got dtype int32": {"x": np.zeros((2, 5, 4), np.int32)},
-    "log_decay: expected a floating-point array, got dtype complex64": {
-        "log_decay": np.zeros(4, np.complex64)
-    },
-    "log_decay: expected an array, got NoneType": {"log_decay": None},
-    "log_decay: expected [channels] = [4] or [batch, time, channels] = [2, 5, 4], got shape [5, 4]":
-        {"log_decay": np.zeros((5, 4))},
-    "sign: expected [channels] = [4]": {"sign": np.zeros((2, 5, 1))},
-    "phase: expected [channels] = [4]": {"phase": np.zeros(3)},
-    "initial_state: expected [batch, channels] = [2, 4], got shape [2, 3]": {
-        "initial_state": np.zeros((2, 3))
-    },
-    "initial_state: expected a real array, as x is real and there is no phase, got dtype complex64":
-        {"initial_state": np.zeros((2, 4), np.complex64)},
-    "segment_ids: expected int32 [batch, time], got float32": {
-        "segment_ids": np.zeros((2, 5), np.float32)
-    },
-    "chunk_size: expected an integer of at least 1 or None, got 0": {"chunk_size": 0},
-    "implementation: expected one of": {"implementation": "parallel"},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("message", BAD, ids=[m.partition(":")[0] for m in BAD])
-def test_bad_input(message):
-    good = {"x": np.zeros((2, 5, 4), np.float32), "log_decay": np.zeros(4, np.float32)}
-    with pytest.raises(ValueError) as error:
-        linear_scan(**good | BAD[message])
-    assert str(error.value).startswith(message)
-
-
 def test_kernels_say_that_they_are_float32():
     x = np.zeros((2, 20, 4))
     with jax.enable_x64(True), pytest.raises(ValueError) as error:
@@ -278,14 +243,3 @@ def test_kernels_say_that_they_are_float32():
         "implementation: 'mosaic_tpu' of linear_scan cannot run: "
         "the kernels compute in float32, the state of these inputs is complex128"
     )
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_named_shapes(name):
-    shape = SHAPES[name]
-    arrays = jax.eval_shape(lambda: example(shape, jax.random.key(0), jnp.bfloat16))
-    out, state = jax.eval_shape(lambda arrays: linear_scan(**arrays), arrays)
-    assert out.shape == (shape.batch, shape.time, shape.channels)
-    assert out.dtype == (jnp.complex64 if shape.turns else jnp.bfloat16)
-    assert state.shape == (shape.batch, shape.channels)
-    assert state.dtype == (jnp.complex64 if shape.turns else jnp.float32)

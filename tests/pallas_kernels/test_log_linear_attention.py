@@ -12,7 +12,6 @@ from memseq.pallas_kernels.common.triangular import unit_lower_inverse
 from memseq.pallas_kernels.log_linear_attention import LogLinearState
 from memseq.pallas_kernels.log_linear_attention.levels import place, positions
 from memseq.pallas_kernels.log_linear_attention.shapes import (
-    SHAPES,
     Shape,
     example,
     forward_products,
@@ -187,65 +186,6 @@ def test_a_memory_goes_on_for_ever():
         call = jax.jit(lambda o, form=form: operation(**inputs, **o, implementation=form))
         late, early = ({"position": np.array([p], np.int32)} for p in (2**31 - 8, 8))
         assert_same(call(late), call(early))
-
-
-BAD = {
-    "query: expected [batch, time, key_heads, key_dim] = [any, any, any, any]": {
-        "query": np.zeros((2, 5, 4))
-    },
-    "key: expected query's [batch, time, key_heads, key_dim] = [2, 5, 2, 4]": {
-        "key": np.zeros((2, 5, 2, 3))
-    },
-    "value: the number of its heads must be a multiple of the key's 2, got 3": {
-        "value": np.zeros((2, 5, 3, 3))
-    },
-    "level_scale: expected [batch, time, heads, levels] = [2, 5, 2, any], got shape [2, 5, 2]": {
-        "level_scale": np.zeros((2, 5, 2))
-    },
-    "level_scale: expected at least 2 levels, got 1": {"level_scale": np.zeros((2, 5, 2, 1))},
-    "log_decay: expected [heads] = [2] or [batch, time, heads] = [2, 5, 2], "
-    "got shape [2, 5, 2, 4]": {"log_decay": np.zeros((2, 5, 2, 4))},
-    "beta: expected [batch, time, heads] = [2, 5, 2], got shape [2, 5]": {"beta": np.zeros((2, 5))},
-    "initial_state: expected a LogLinearState (memories, position), got ndarray": {
-        "initial_state": np.zeros((2, 2, 4, 3))
-    },
-    "initial_state.memories: expected [batch, heads, levels - 1, key_dim, value_dim] = "
-    "[2, 2, 2, 4, 3]": {"initial_state": (np.zeros((2, 2, 3, 4, 3)), np.zeros(2, np.int32))},
-    "initial_state.position: expected int32 [batch] = [2], got float64 (2,)": {
-        "initial_state": (np.zeros((2, 2, 2, 4, 3)), np.zeros(2))
-    },
-    "segment_ids: expected int32 [batch, time], got float32": {
-        "segment_ids": np.zeros((2, 5), np.float32)
-    },
-    "chunk_size: expected an integer of at least 1 or None, got 2.5": {"chunk_size": 2.5},
-    "implementation: log_linear_attention has no form 'mosaic_tpu' yet; it has reference, "
-    "chunked": {"implementation": "mosaic_tpu"},
-}
-
-
-@pytest.mark.parametrize("message", BAD, ids=[m.partition(":")[0] for m in BAD])
-def test_bad_input(message):
-    good = {
-        "query": np.zeros((2, 5, 2, 4), np.float32),
-        "key": np.zeros((2, 5, 2, 4), np.float32),
-        "value": np.zeros((2, 5, 2, 3), np.float32),
-        "level_scale": np.zeros((2, 5, 2, 3), np.float32),
-    }
-    with pytest.raises(ValueError) as error:
-        log_linear_attention(**good | BAD[message])
-    assert str(error.value).startswith(message)
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_named_shapes(name):
-    shape = SHAPES[name]
-    arrays = jax.eval_shape(lambda: example(shape, jax.random.key(0), jnp.bfloat16))
-    out, state = jax.eval_shape(lambda arrays: log_linear_attention(**arrays), arrays)
-    assert out.shape == (shape.batch, shape.time, shape.heads, shape.value_dim)
-    assert out.dtype == jnp.bfloat16
-    memory = (shape.batch, shape.heads, shape.levels - 1, shape.key_dim, shape.value_dim)
-    assert state.memories.shape == memory and state.memories.dtype == jnp.float32
-    assert state.position.shape == (shape.batch,) and state.position.dtype == jnp.int32
 
 
 @pytest.mark.parametrize("delta", [False, True])

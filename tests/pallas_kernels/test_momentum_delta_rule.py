@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from memseq.pallas_kernels import delta_rule, momentum_delta_rule, neural_memory
-from memseq.pallas_kernels.momentum_delta_rule.shapes import SHAPES, example
 from memseq.pallas_kernels.neural_memory import Loss, Memory
 from tests.pallas_kernels import oracles
 from tests.pallas_kernels.harness import (
@@ -166,49 +165,3 @@ def test_momentum_carries_a_write_on():
     )
     want = 0.1 * (1 - momentum ** np.arange(1, time + 1)) / (1 - momentum)
     np.testing.assert_allclose(out[0, :, 0], np.stack([want, want], axis=1), rtol=1e-5)
-
-
-BAD = {
-    "beta: expected [batch, time, heads] = [2, 5, 2], got shape [2, 5]": {"beta": np.zeros((2, 5))},
-    "step: expected [batch, time, heads] = [2, 5, 2], got shape [5]": {"step": np.zeros(5)},
-    "log_momentum: expected an array, got NoneType": {"log_momentum": None},
-    "log_momentum: expected [heads] = [2] or [batch, time, heads] = [2, 5, 2], got shape [5]": {
-        "log_momentum": np.zeros(5)
-    },
-    "log_decay: expected [heads] = [2] or [batch, time, heads] = [2, 5, 2], got": {
-        "log_decay": np.zeros((2, 5, 2, 4))
-    },
-    "erase: expected one of 'decayed', 'undecayed', got 'undecay'": {"erase": "undecay"},
-    "initial_state: expected [batch, heads, 2 * key_dim, value_dim] = [2, 2, 8, 3], got": {
-        "initial_state": np.zeros((2, 2, 4, 3))
-    },
-    "implementation: momentum_delta_rule has no form 'mosaic_tpu' yet; it has reference, chunked": {
-        "implementation": "mosaic_tpu"
-    },
-}
-
-
-@pytest.mark.parametrize("message", BAD, ids=range(len(BAD)))
-def test_bad_input(message):
-    good = {
-        "query": np.zeros((2, 5, 2, 4), np.float32),
-        "key": np.zeros((2, 5, 2, 4), np.float32),
-        "value": np.zeros((2, 5, 2, 3), np.float32),
-        "beta": np.zeros((2, 5, 2), np.float32),
-        "step": np.zeros((2, 5, 2), np.float32),
-        "log_momentum": np.zeros(2, np.float32),
-    }
-    with pytest.raises(ValueError) as error:
-        momentum_delta_rule(**good | BAD[message])
-    assert str(error.value).startswith(message)
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_named_shapes(name):
-    shape = SHAPES[name]
-    arrays = jax.eval_shape(lambda: example(shape, jax.random.key(0), jnp.bfloat16))
-    out, state = jax.eval_shape(lambda arrays: momentum_delta_rule(**arrays), arrays)
-    assert out.shape == (shape.batch, shape.time, shape.heads, shape.value_dim)
-    assert out.dtype == jnp.bfloat16
-    assert state.shape == (shape.batch, shape.heads, 2 * shape.key_dim, shape.value_dim)
-    assert state.dtype == jnp.float32

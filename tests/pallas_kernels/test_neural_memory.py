@@ -468,34 +468,6 @@ def test_dtypes():
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"key": np.zeros((2, 11, 2, 4))}, "key: expected query's"),
-        ({"step": np.zeros((2, 11))}, "step: expected .*window"),
-        ({"momentum": np.zeros((2, 11))}, "momentum: expected"),
-        ({"initial": ()}, "initial: expected a tuple of layers"),
-        ({"initial": ({"weight": np.zeros((2, 3, 4))},)}, "initial.0...weight"),
-        ({"initial": ({"weigth": np.zeros((2, 3, 3))},)}, "initial.0.: expected"),
-        ({"threshold": np.ones((2, 11, 2))}, "threshold: the loss 'l2' expects None"),
-        ({"loss": Loss("huber")}, "threshold: the loss 'huber' expects"),
-        ({"update_chunk": 0}, "update_chunk: expected"),
-        ({"anchor": "chunks"}, "anchor: .*did you mean 'chunk'"),
-        ({"read": "later"}, "read: expected one of"),
-        ({"outer_grad": ("truncated", 2)}, "outer_grad: expected"),
-        ({"outer_grad": ("truncate", 0)}, "outer_grad.1.: expected"),
-        ({"position_scale": np.ones(3)}, "position_scale: expected"),
-        ({"affine": {"bias": np.ones((2, 3))}}, "affine: expected one of"),
-        ({"max_segments": 0}, "max_segments: expected"),
-        ({"initial_state": ()}, "initial_state: expected the structure"),
-    ],
-)
-def test_bad_arguments(change, message):
-    arguments = inputs(depth=1) | {"memory": DEEP, "loss": Loss(), "update_chunk": CHUNK} | change
-    with pytest.raises(ValueError, match=message):
-        jax.eval_shape(lambda: neural_memory(**arguments))
-
-
-@pytest.mark.parametrize(
     ("build", "message"),
     [
         (lambda: Memory("gleu"), "memory.activation: .*did you mean 'gelu'"),
