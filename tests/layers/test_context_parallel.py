@@ -19,6 +19,7 @@ from memseq.pallas_kernels import (
     diagonal_plus_low_rank,
     linear_attention,
     linear_scan,
+    log_linear_attention,
     mlstm,
     momentum_delta_rule,
     ridge_readout,
@@ -34,9 +35,8 @@ ALONE = set(
     """
     softmax_attention sliding_window_attention forgetting_attention path_attention
     differential_attention shared_attention mixture_of_memories bmojo
-    log_linear_mamba2 log_linear_gated_delta_net
     mem_mamba layered_mem_mamba factored_bilinear_rnn lmu slstm lstm gru lem
-    wave_rnn elm_neuron echo_state reservoir_memory hippo_memory neural_memory
+    wave_rnn elm_neuron echo_state reservoir_memory neural_memory
     titans_lmm titans_mac titans_mag titans_mal moneta yaad memora ttt_linear ttt_mlp omega_net
     """.split()
 )
@@ -117,6 +117,13 @@ def test_layers(name):
     check_layer(REGISTRY[name](32, implementation="chunked", chunk_size=8), TIME, IDS, 4)
 
 
+@pytest.mark.slow
+def test_hippo_with_fixed_steps():
+    """Of a window, whose transitions are the same at all steps."""
+    layer = REGISTRY["hippo_memory"](32, order=12, measure="lmu", window=16)
+    check_layer(layer, TIME, IDS, 4)
+
+
 def test_without_ids():
     """The padding to whole stretches is nobody's segment: the state's id stays."""
     layer = GatedDeltaNet(32, heads=2)
@@ -167,6 +174,14 @@ def example(name, rng):
     beta, state = 2 * rng.random(matrix[:3]), rng.normal(size=(2, 2, 5, 7))
     common = {"query": query, "key": key, "value": value, "initial_state": state}
     channels = (2, TIME, 6)
+    levels = (
+        common
+        | {  # the last one holds what is older than 8 steps
+            "level_scale": rng.random((*matrix[:3], 5)),
+            "log_decay": decays(rng, *matrix[:3]),
+            "initial_state": (rng.normal(size=(2, 2, 4, 5, 7)), np.array([5, 13], np.int32)),
+        }
+    )
     return {
         "linear_attention": common | {"log_decay": decays(rng, *matrix[:3])},
         "linear_attention, channels": common
@@ -197,6 +212,8 @@ def example(name, rng):
             "log_decay": decays(rng, *matrix[:3]),
             "ridge": 0.5 + rng.random((2, 5)),
         },
+        "log_linear_attention": levels,
+        "log_linear_attention, delta": levels | {"beta": beta},
         "mlstm": common
         | {
             "log_input": 3 * rng.normal(size=matrix[:3]),
@@ -235,6 +252,7 @@ OPERATIONS = {
         diagonal_plus_low_rank,
         linear_attention,
         linear_scan,
+        log_linear_attention,
         mlstm,
         momentum_delta_rule,
         ridge_readout,
@@ -250,6 +268,8 @@ CASES = (
     "linear_attention, channels",
     "linear_attention, fixed",
     "linear_scan",
+    "log_linear_attention",
+    "log_linear_attention, delta",
     "mlstm",
     "momentum_delta_rule",
     "ridge_readout",

@@ -34,8 +34,8 @@ def context_parallel(what: SequenceLayer | Callable, axis: str = "context") -> C
     Args:
         what: a layer that looks across time through linear-state operations alone, or such an
             operation of `memseq.pallas_kernels`: `causal_conv`, `delta_rule`,
-            `diagonal_plus_low_rank`, `linear_attention`, `linear_scan`, `mlstm`,
-            `momentum_delta_rule`, `ridge_readout` or `selective_scan`.
+            `diagonal_plus_low_rank`, `linear_attention`, `linear_scan`, `log_linear_attention`,
+            `mlstm`, `momentum_delta_rule`, `ridge_readout` or `selective_scan`.
         axis: name of an axis of the mesh of `jax.set_mesh`.
 
     Raises:

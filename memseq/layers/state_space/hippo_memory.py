@@ -1,5 +1,6 @@
 """The HiPPO memory: fixed transitions between learned projections."""
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import flax.linen as nn
@@ -11,7 +12,10 @@ from memseq.layers.common.parts import merge_heads, widen
 from memseq.layers.common.vector import VectorLayer, VectorState
 from memseq.layers.recurrent.step import scan_steps
 from memseq.layers.state_space import hippo
+from memseq.pallas_kernels.common import context
 from memseq.pallas_kernels.common.checks import check_choice, check_count
+from memseq.pallas_kernels.common.segments import position_at_start
+from memseq.pallas_kernels.common.sharded import vary_together
 
 
 @state_dataclass
@@ -76,17 +80,12 @@ class HiPPOMemory(VectorLayer):
         return self.input(x)
 
     def mix(self, inputs, state, segment_ids):
-        fresh = self.init_state(inputs.shape[0])
-        state = enter(state, fresh, segment_ids)
+        state = enter(state, self.init_state(inputs.shape[0]), segment_ids)
         signal = widen(inputs)
         dtype = jnp.promote_types(signal.dtype, state.memory.dtype)
-        out, (memory, position) = scan_steps(
-            self._fading(dtype) if self.measure != "legs" else self._stretched(dtype),
-            (state.memory.astype(dtype), state.position),
-            signal,
-            segment_ids,
-            (fresh.memory.astype(dtype), fresh.position),
-        )
+        step = self._fading(dtype) if self.measure != "legs" else self._stretched(dtype)
+        start = state.memory.astype(dtype), state.position
+        out, (memory, position) = _over_time(step, start, signal.astype(dtype), segment_ids)
         out = merge_heads(out).astype(inputs.dtype)
         return out, self.leave_with(
             state, segment_ids, memory=memory, conv=state.conv, position=position
@@ -126,3 +125,41 @@ class HiPPOMemory(VectorLayer):
 
     def finish(self, x, out):
         return self.output(out)
+
+
+def _over_time(
+    step: Callable,
+    start: tuple[jax.Array, jax.Array],
+    signal: jax.Array,
+    segment_ids: jax.Array | None,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """`step` over the signal [batch, time, heads] from `start`, also with time split over devices.
+
+    A stretch multiplies memories by one matrix [order, order], where its steps without a signal
+    lead the identity, and adds where they lead from an empty memory. "legs" steps by its position.
+    """
+    memory, position = start
+
+    def run(memory, signal):
+        signal, *start = vary_together((signal, memory, position))
+        fresh = jax.tree.map(jnp.zeros_like, tuple(start))
+        return scan_steps(step, tuple(start), signal, segment_ids, fresh)
+
+    name = context.axis()
+    if name is None:
+        return run(memory, signal)
+    with context.over(None):
+        position = position_at_start(position, segment_ids, name)
+        _, (added, _) = run(jnp.zeros_like(memory), signal)
+        batch, time, _ = signal.shape
+        size = memory.shape[-1]
+        identity = jnp.broadcast_to(jnp.eye(size, dtype=memory.dtype), (batch, size, size))
+        _, (moved, _) = run(identity, jnp.zeros((batch, time, size), signal.dtype))
+
+        def after(stretch, memory):
+            added, moved = stretch
+            return jnp.matmul(memory, moved, precision=jax.lax.Precision.HIGHEST) + added
+
+        memory = context.carried_in(memory, (added, moved), after, segment_ids, name)
+        out, last = run(memory, signal)
+    return out, context.at_the_end(last, name)

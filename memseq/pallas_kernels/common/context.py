@@ -117,7 +117,7 @@ def _across(operation, split: Split, name: str, arguments: dict) -> tuple[Any, A
     def after(stretch, state):
         added, moved = stretch
         return jax.tree.map(
-            lambda m, x, a: (_product(m, x) if split.matrix else m * x) + a, moved, state, added
+            lambda m, x, a: (product(m, x) if split.matrix else m * x) + a, moved, state, added
         )
 
     own = carried_in(before, (added, moved), after, ids, name)
@@ -188,7 +188,7 @@ def own_stretch(x: jax.Array, size: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axis()) * size, size, axis=1)
 
 
-def _product(moved, state):
+def product(moved, state):
     return jnp.einsum("...ij,...jv->...iv", moved, state, precision=jax.lax.Precision.HIGHEST)
 
 

@@ -50,6 +50,24 @@ def segment_positions(segs: Segments) -> jax.Array:
     return jnp.maximum(count - 1 - before_segment, 0)
 
 
+def position_at_start(position: jax.Array, segment_ids: jax.Array, name: str) -> jax.Array:
+    """How many steps its segment had before this device's stretch of time, int32 [batch].
+
+    position: int32 [batch], the steps before all time; segment_ids: int32 [batch, time] of this
+    stretch; name: the mesh axis that splits time.
+    """
+    with context.over(None):
+        valid, index = segments(segment_ids)
+    current = index == index[:, -1:]
+    steps, through = jnp.sum(valid & current, axis=1, dtype=jnp.int32), index[:, -1] == 0
+
+    def after(stretch, position):
+        steps, through = stretch
+        return jnp.where(through, position, 0) + steps
+
+    return context.carried_in(position, (steps, through), after, segment_ids, name)
+
+
 def last_segment(segment_ids: jax.Array, previous: jax.Array) -> jax.Array:
     """int32 [batch]: the last valid id of each row, `previous` [batch] where a row has none."""
     return context.end_segment(segment_ids, previous, last=True)

@@ -1,14 +1,16 @@
 """`log_linear_attention`: arguments, checks and dispatch."""
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.export
 import jax.numpy as jnp
 
-from memseq.pallas_kernels.common import checks
+from memseq.pallas_kernels.common import checks, context
 from memseq.pallas_kernels.common.dispatch import Forms, run
 from memseq.pallas_kernels.common.segments import hide_padding, segments
+from memseq.pallas_kernels.log_linear_attention.across import across
 from memseq.pallas_kernels.log_linear_attention.chunked import chunked
 from memseq.pallas_kernels.log_linear_attention.levels import positions
 from memseq.pallas_kernels.log_linear_attention.reference import reference
@@ -34,6 +36,9 @@ jax.export.register_namedtuple_serialization(
 )
 
 
+@context.splits_time(
+    ("query", "key", "value", "level_scale", "log_decay", "beta"), silent=None, matrix=True
+)
 def log_linear_attention(
     query: jax.Array,
     key: jax.Array,
@@ -109,6 +114,12 @@ def log_linear_attention(
     )
     checks.check_segment_ids(segment_ids, batch, time)
     checks.check_chunk_size(chunk_size)
+    if name := context.axis():
+        arrays = {"query": query, "key": key, "value": value, "level_scale": level_scale}
+        arrays |= {"log_decay": log_decay, "beta": beta}
+        options = {"scale": scale, "chunk_size": chunk_size, "implementation": implementation}
+        itself = functools.partial(log_linear_attention, **options)
+        return across(itself, name, arrays, memories, start, segment_ids)
 
     query, key = (jnp.repeat(x, heads // key_heads, axis=2) for x in (query, key))
     valid, index = jnp.ones((batch, time), bool), None
