@@ -1,6 +1,7 @@
 """What the tests of the operations share: hard inputs, comparisons, values with their gradients."""
 
 import contextlib
+import dataclasses
 import functools
 from unittest import mock
 
@@ -65,6 +66,60 @@ def packed_ids(rng, batch, time, longest, padding=True):
         rows[1:2, -2:] = -1
         rows[2:3] = -1
     return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class PairsCase:
+    """Sizes and options of a call with queries, keys and values; `longest`: of packed segments.
+
+    An operation's own Case adds what its `arrays` are made from.
+    """
+
+    time: int
+    _: dataclasses.KW_ONLY
+    longest: int | None = None
+    batch: int = 2
+    key_heads: int = 2
+    heads: int = 2
+    chunk_size: int | None = None
+    scale: float | None = None
+    dim: int = 6
+    values: int = 3
+
+    def build(self, seed=0):
+        """inputs {argument: array}, options {argument: value} and the generator they come from."""
+        rng = np.random.default_rng(seed)
+        inputs, options = self.arrays(rng), self.options()
+        if self.longest is not None:
+            options["segment_ids"] = packed_ids(rng, self.batch, self.time, self.longest)
+        return inputs, options, rng
+
+    def options(self):
+        return {"chunk_size": self.chunk_size, "scale": self.scale}
+
+    @property
+    def by_head(self):
+        return self.batch, self.time, self.heads
+
+    def pairs(self, rng, cosine):
+        by_key_head = (self.batch, self.time, self.key_heads)
+        return {
+            "query": rng.normal(size=(*by_key_head, self.dim)),
+            "key": correlated_keys(rng, *by_key_head, self.dim, cosine),
+            "value": rng.normal(size=(*self.by_head, self.values)),
+        }
+
+    def memory(self, rng):
+        return {"initial_state": rng.normal(size=(self.batch, self.heads, self.dim, self.values))}
+
+    def decay(self, rng, kind):
+        """The argument log_decay of a kind: None, "head", "step" or "channel"."""
+        if kind is None:
+            return {}
+        if kind == "head":
+            return {"log_decay": -rng.exponential(0.1, size=self.heads)}
+        channels = (self.dim,) if kind == "channel" else ()
+        return {"log_decay": hard_decay(rng, (*self.by_head, *channels))}
 
 
 def float32_values(inputs):

@@ -10,62 +10,41 @@ import pytest
 from memseq.pallas_kernels import delta_rule
 from tests.pallas_kernels import oracles
 from tests.pallas_kernels.harness import (
+    PairsCase,
     assert_close,
     check_16_bit,
     check_agreement,
     check_kernel,
     check_kernel_16_bit,
     correlated_keys,
-    hard_decay,
     interpreted,
-    packed_ids,
     with_gradients,
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """decay: None, "head", "step" or "channel"; beta: the largest; longest: of packed segments."""
+class Case(PairsCase):
+    """gates: None, "head", "step" or "channel"; beta: the largest."""
 
-    time: int
-    decay: str | None = None
+    gates: str | None = None
     cosine: float = 0.5
     beta: float = 2.0
     erase_key: bool = False
     erase: str = "decayed"
-    longest: int | None = None
-    batch: int = 2
-    key_heads: int = 2
-    heads: int = 2
-    chunk_size: int | None = None
-    scale: float | None = None
-    dim: int = 6
-    values: int = 3
 
-    def build(self, seed=0):
-        rng = np.random.default_rng(seed)
-        lead, dim, values = (self.batch, self.time), self.dim, self.values
-        inputs = {
-            "query": rng.normal(size=(*lead, self.key_heads, dim)),
-            "key": correlated_keys(rng, *lead, self.key_heads, dim, self.cosine),
-            "value": rng.normal(size=(*lead, self.heads, values)),
-            # up to the largest and down to 0, both included
-            "beta": self.beta * rng.uniform(-0.2, 1.2, size=(*lead, self.heads)).clip(0, 1),
-            "initial_state": rng.normal(size=(self.batch, self.heads, dim, values)),
-        }
-        if self.decay == "head":
-            inputs["log_decay"] = -rng.exponential(0.1, size=self.heads)
-        elif self.decay is not None:
-            channels = (dim,) if self.decay == "channel" else ()
-            inputs["log_decay"] = hard_decay(rng, (*lead, self.heads, *channels))
+    def arrays(self, rng):
+        inputs = self.pairs(rng, self.cosine)
+        # up to the largest and down to 0, both included
+        inputs["beta"] = self.beta * rng.uniform(-0.2, 1.2, size=self.by_head).clip(0, 1)
+        inputs |= self.memory(rng) | self.decay(rng, self.gates)
         if self.erase_key:
             # a step contracts as long as the erase key is not far from the key
             moved = inputs["key"] + 0.1 * rng.normal(size=inputs["key"].shape)
             inputs["erase_key"] = moved / np.linalg.norm(moved, axis=-1, keepdims=True)
-        options = {"chunk_size": self.chunk_size, "scale": self.scale, "erase": self.erase}
-        if self.longest is not None:
-            options["segment_ids"] = packed_ids(rng, *lead, self.longest)
-        return inputs, options, rng
+        return inputs
+
+    def options(self):
+        return super().options() | {"erase": self.erase}
 
 
 CASES = {

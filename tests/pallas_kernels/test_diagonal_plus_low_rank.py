@@ -12,6 +12,7 @@ from memseq.pallas_kernels import delta_rule, linear_attention
 from memseq.pallas_kernels.diagonal_plus_low_rank import diagonal_plus_low_rank
 from memseq.pallas_kernels.diagonal_plus_low_rank.shapes import SHAPES, Shape, example
 from tests.pallas_kernels.harness import (
+    PairsCase,
     assert_close,
     assert_same,
     check_16_bit,
@@ -22,7 +23,6 @@ from tests.pallas_kernels.harness import (
     einsum_of_a_tpu,
     hard_decay,
     interpreted,
-    packed_ids,
     with_gradients,
 )
 
@@ -56,47 +56,32 @@ def oracle(query, key, value, a, b, log_decay, *, scale=None, initial_state=None
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """decay: "head", "step", "channel" or "hard" (of a channel); eta: the largest of b = eta a."""
+class Case(PairsCase):
+    """gates: "head", "step", "channel" or "hard" (of a channel); eta: the largest of b = eta a."""
 
-    time: int
-    decay: str = "channel"
+    gates: str = "channel"
     cosine: float = 0.5
     eta: float = 1.0
-    longest: int | None = None
-    batch: int = 2
-    key_heads: int = 2
-    heads: int = 2
-    chunk_size: int | None = None
-    scale: float | None = None
-    dim: int = 6
-    values: int = 3
 
-    def build(self, seed=0):
-        rng = np.random.default_rng(seed)
-        lead, dim, values = (self.batch, self.time), self.dim, self.values
-        removal = correlated_keys(rng, *lead, self.key_heads, dim, self.cosine)
+    def arrays(self, rng):
+        removal = correlated_keys(rng, self.batch, self.time, self.key_heads, self.dim, self.cosine)
         # b of value's heads, in channels of its own strength: up to the largest and down to 0
-        eta = self.eta * rng.uniform(-0.2, 1.2, size=(*lead, self.heads, dim)).clip(0, 1)
-        decays = {
-            "head": lambda: -rng.exponential(0.1, size=(*lead, self.heads)),
-            "step": lambda: hard_decay(rng, (*lead, self.heads)),
-            "channel": lambda: -0.6065 * rng.uniform(size=(*lead, self.heads, dim)),
-            "hard": lambda: hard_decay(rng, (*lead, self.heads, dim)),
+        by_channel = (*self.by_head, self.dim)
+        eta = self.eta * rng.uniform(-0.2, 1.2, size=by_channel).clip(0, 1)
+        gates = {
+            "head": lambda: -rng.exponential(0.1, size=self.by_head),
+            "step": lambda: hard_decay(rng, self.by_head),
+            "channel": lambda: -0.6065 * rng.uniform(size=by_channel),
+            "hard": lambda: hard_decay(rng, by_channel),
         }
-        inputs = {
+        return {
             "query": rng.normal(size=removal.shape),
             "key": removal * rng.uniform(0.5, 2, size=(*removal.shape[:3], 1)),
-            "value": rng.normal(size=(*lead, self.heads, values)),
+            "value": rng.normal(size=(*self.by_head, self.values)),
             "a": -removal,
             "b": np.repeat(removal, self.heads // self.key_heads, axis=2) * eta,
-            "log_decay": decays[self.decay](),
-            "initial_state": rng.normal(size=(self.batch, self.heads, dim, values)),
-        }
-        options = {"chunk_size": self.chunk_size, "scale": self.scale}
-        if self.longest is not None:
-            options["segment_ids"] = packed_ids(rng, *lead, self.longest)
-        return inputs, options, rng
+            "log_decay": gates[self.gates](),
+        } | self.memory(rng)
 
 
 CASES = {

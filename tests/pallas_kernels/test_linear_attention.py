@@ -9,55 +9,31 @@ import pytest
 from memseq.pallas_kernels import linear_attention
 from tests.pallas_kernels import oracles
 from tests.pallas_kernels.harness import (
+    PairsCase,
     check_16_bit,
     check_agreement,
     check_kernel,
     check_kernel_16_bit,
-    correlated_keys,
     hard_decay,
-    packed_ids,
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """decay, value_decay: None, "head", "step" or "channel"; longest: of the packed segments."""
+class Case(PairsCase):
+    """gates: None, "head", "step" or "channel"."""
 
-    time: int
-    decay: str | None = None
+    gates: str | None = None
     value_decay: bool = False
     bonus: bool = False
-    longest: int | None = None
-    batch: int = 2
-    key_heads: int = 2
-    heads: int = 2
-    chunk_size: int | None = None
-    scale: float | None = None
-    dim: int = 5
-    values: int = 3
+    dim: int = dataclasses.field(default=5, kw_only=True)
 
-    def build(self, seed=0):
-        rng = np.random.default_rng(seed)
-        lead, dim, values = (self.batch, self.time), self.dim, self.values
-        inputs = {
-            "query": rng.normal(size=(*lead, self.key_heads, dim)),
-            "key": correlated_keys(rng, *lead, self.key_heads, dim, 0.5),
-            "value": rng.normal(size=(*lead, self.heads, values)),
-            "initial_state": rng.normal(size=(self.batch, self.heads, dim, values)),
-        }
-        if self.decay == "head":
-            inputs["log_decay"] = -rng.exponential(0.1, size=self.heads)
-        elif self.decay is not None:
-            channels = (dim,) if self.decay == "channel" else ()
-            inputs["log_decay"] = hard_decay(rng, (*lead, self.heads, *channels))
+    def arrays(self, rng):
+        inputs = self.pairs(rng, 0.5) | self.memory(rng) | self.decay(rng, self.gates)
         if self.value_decay:
             inputs["value_log_decay"] = hard_decay(rng, inputs["value"].shape)
         if self.bonus:
-            inputs["bonus"] = rng.normal(size=(self.heads, dim))
-        options = {"chunk_size": self.chunk_size, "scale": self.scale}
-        if self.longest is not None:
-            options["segment_ids"] = packed_ids(rng, *lead, self.longest)
-        return inputs, options, rng
+            inputs["bonus"] = rng.normal(size=(self.heads, self.dim))
+        return inputs
 
 
 CASES = {

@@ -18,60 +18,43 @@ from memseq.pallas_kernels.log_linear_attention.shapes import (
 )
 from tests.pallas_kernels import oracles_readout
 from tests.pallas_kernels.harness import (
+    PairsCase,
     assert_close,
     assert_same,
     check_16_bit,
     check_agreement,
-    correlated_keys,
-    hard_decay,
-    packed_ids,
 )
 from tests.pallas_kernels.test_bench import multiply_adds
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """decay: None, "head" or "step"; beta: the largest or None; start: of the first row."""
+class Case(PairsCase):
+    """gates: None, "head" or "step"; beta: the largest or None; start: of the first row."""
 
-    time: int
-    decay: str | None = None
+    gates: str | None = None
     beta: float | None = None
     start: int = 0
     levels: int = 5
     cosine: float = 0.5
-    longest: int | None = None
-    batch: int = 2
-    key_heads: int = 2
-    heads: int = 2
-    chunk_size: int | None = None
-    scale: float | None = None
-    dim: int = 6
-    values: int = 3
 
-    def build(self, seed=0):
-        rng = np.random.default_rng(seed)
-        lead, dim = (self.batch, self.time), self.dim
-        position = (self.start + np.arange(self.batch)).astype(np.int32)
-        exists = (position[:, None] >> np.arange(self.levels - 1)) & 1
-        shape = (self.batch, self.heads, self.levels - 1, dim, self.values)
-        inputs = {
-            "query": rng.normal(size=(*lead, self.key_heads, dim)),
-            "key": correlated_keys(rng, *lead, self.key_heads, dim, self.cosine),
-            "value": rng.normal(size=(*lead, self.heads, self.values)),
-            "level_scale": rng.normal(size=(*lead, self.heads, self.levels)),
+    @property
+    def position(self):
+        return (self.start + np.arange(self.batch)).astype(np.int32)
+
+    def arrays(self, rng):
+        exists = (self.position[:, None] >> np.arange(self.levels - 1)) & 1
+        shape = (self.batch, self.heads, self.levels - 1, self.dim, self.values)
+        inputs = self.pairs(rng, self.cosine) | {
+            "level_scale": rng.normal(size=(*self.by_head, self.levels)),
             "memories": exists[:, None, :, None, None] * rng.normal(size=shape),
         }
-        if self.decay == "head":
-            inputs["log_decay"] = -rng.exponential(0.1, size=self.heads)
-        elif self.decay == "step":
-            inputs["log_decay"] = hard_decay(rng, (*lead, self.heads))
+        inputs |= self.decay(rng, self.gates)
         if self.beta is not None:
-            strength = rng.uniform(-0.2, 1.2, size=(*lead, self.heads)).clip(0, 1)
-            inputs["beta"] = self.beta * strength
-        options = {"position": position, "chunk_size": self.chunk_size, "scale": self.scale}
-        if self.longest is not None:
-            options["segment_ids"] = packed_ids(rng, *lead, self.longest)
-        return inputs, options, rng
+            inputs["beta"] = self.beta * rng.uniform(-0.2, 1.2, size=self.by_head).clip(0, 1)
+        return inputs
+
+    def options(self):
+        return super().options() | {"position": self.position}
 
 
 def split_state(function):

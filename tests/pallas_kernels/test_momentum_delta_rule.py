@@ -11,56 +11,39 @@ from memseq.pallas_kernels import delta_rule, momentum_delta_rule, neural_memory
 from memseq.pallas_kernels.neural_memory import Loss, Memory
 from tests.pallas_kernels import oracles
 from tests.pallas_kernels.harness import (
+    PairsCase,
     assert_close,
     check_16_bit,
     check_agreement,
-    correlated_keys,
     hard_decay,
-    packed_ids,
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """gates: "head", "step" or "momentum" (no decay); longest: of packed segments."""
+class Case(PairsCase):
+    """gates: "head", "step" or "momentum" (no decay)."""
 
-    time: int
     gates: str = "step"
     cosine: float = 0.5
     erase: str = "decayed"
-    longest: int | None = None
-    batch: int = 2
-    key_heads: int = 2
-    heads: int = 2
-    chunk_size: int | None = None
-    scale: float | None = None
-    dim: int = 6
-    values: int = 3
 
-    def build(self, seed=0):
-        rng = np.random.default_rng(seed)
-        lead, dim, values = (self.batch, self.time), self.dim, self.values
-        by_head = (*lead, self.heads)
-        inputs = {
-            "query": rng.normal(size=(*lead, self.key_heads, dim)),
-            "key": correlated_keys(rng, *lead, self.key_heads, dim, self.cosine),
-            "value": rng.normal(size=(*by_head, values)),
+    def arrays(self, rng):
+        inputs = self.pairs(rng, self.cosine) | {
             # down to 0 and up to 1, both included
-            "beta": rng.uniform(-0.2, 1.2, size=by_head).clip(0, 1),
-            "step": rng.uniform(-0.2, 1.2, size=by_head).clip(0, 1),
-            "initial_state": rng.normal(size=(self.batch, self.heads, 2 * dim, values)),
+            "beta": rng.uniform(-0.2, 1.2, size=self.by_head).clip(0, 1),
+            "step": rng.uniform(-0.2, 1.2, size=self.by_head).clip(0, 1),
+            "initial_state": rng.normal(size=(self.batch, self.heads, 2 * self.dim, self.values)),
         }
         if self.gates == "head":
-            inputs["log_decay"] = -rng.exponential(0.1, size=self.heads)
+            inputs |= self.decay(rng, "head")
             inputs["log_momentum"] = -rng.exponential(0.5, size=self.heads)
         else:
-            inputs["log_momentum"] = hard_decay(rng, by_head)
-            if self.gates == "step":
-                inputs["log_decay"] = hard_decay(rng, by_head)
-        options = {"chunk_size": self.chunk_size, "scale": self.scale, "erase": self.erase}
-        if self.longest is not None:
-            options["segment_ids"] = packed_ids(rng, *lead, self.longest)
-        return inputs, options, rng
+            inputs["log_momentum"] = hard_decay(rng, self.by_head)
+            inputs |= self.decay(rng, "step" if self.gates == "step" else None)
+        return inputs
+
+    def options(self):
+        return super().options() | {"erase": self.erase}
 
 
 CASES = {

@@ -14,64 +14,40 @@ from memseq.pallas_kernels.ridge_readout.chunked import conjugate_gradients
 from memseq.pallas_kernels.ridge_readout.shapes import Shape, example, forward_products
 from tests.pallas_kernels import oracles_readout
 from tests.pallas_kernels.harness import (
+    PairsCase,
     assert_close,
     check_16_bit,
     check_agreement,
     correlated_keys,
-    hard_decay,
-    packed_ids,
     with_gradients,
 )
 from tests.pallas_kernels.test_bench import multiply_adds
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """decay: None, "head" or "step"; ridge: the least; longest: of packed segments."""
+class Case(PairsCase):
+    """gates: None, "head" or "step"; ridge: the least."""
 
-    time: int
-    decay: str | None = None
+    gates: str | None = None
     cosine: float = 0.5
     ridge: float = 0.25
-    longest: int | None = None
-    batch: int = 2
-    key_heads: int = 2
-    heads: int = 2
-    chunk_size: int | None = None
-    scale: float | None = None
     iterations: int = 30
-    dim: int = 6
-    values: int = 3
 
-    def build(self, seed=0):
-        rng = np.random.default_rng(seed)
-        lead, dim = (self.batch, self.time), self.dim
-        roots = rng.normal(size=(self.batch, self.heads, dim, dim))
-        inputs = {
-            "query": rng.normal(size=(*lead, self.key_heads, dim)),
-            "key": correlated_keys(rng, *lead, self.key_heads, dim, self.cosine),
-            "value": rng.normal(size=(*lead, self.heads, self.values)),
+    def arrays(self, rng):
+        roots = rng.normal(size=(self.batch, self.heads, self.dim, self.dim))
+        inputs = self.pairs(rng, self.cosine) | {
             # up to 1 and down to 0, both included
-            "beta": rng.uniform(-0.2, 1.2, size=(*lead, self.heads)).clip(0, 1),
+            "beta": rng.uniform(-0.2, 1.2, size=self.by_head).clip(0, 1),
             "log_decay": None,
-            "ridge": self.ridge * (1 + rng.exponential(2.0, size=(self.heads, dim))),
+            "ridge": self.ridge * (1 + rng.exponential(2.0, size=(self.heads, self.dim))),
             "initial_state": RidgeState(
-                roots @ roots.swapaxes(-1, -2) / dim,
-                rng.normal(size=(self.batch, self.heads, dim, self.values)),
+                roots @ roots.swapaxes(-1, -2) / self.dim, self.memory(rng)["initial_state"]
             ),
         }
-        if self.decay == "head":
-            inputs["log_decay"] = -rng.exponential(0.1, size=self.heads)
-        elif self.decay == "step":
-            inputs["log_decay"] = hard_decay(rng, (*lead, self.heads))
-        options = {
-            "chunk_size": self.chunk_size,
-            "scale": self.scale,
-            "iterations": self.iterations,
-        }
-        if self.longest is not None:
-            options["segment_ids"] = packed_ids(rng, *lead, self.longest)
-        return inputs, options, rng
+        return inputs | self.decay(rng, self.gates)
+
+    def options(self):
+        return super().options() | {"iterations": self.iterations}
 
 
 CASES = {
