@@ -6,14 +6,17 @@ layers comes first and is never sharded, so a rule covers the single layer and t
 Optimiser moments end in the name of their parameter and follow the same rules.
 
 Mesh axes: `data` splits the batch, `fsdp` splits the batch and the parameters, `context` splits
-time, `tensor` splits features and heads.
+time, `tensor` splits features and heads. For kernels on a mesh with other axes there is
+`split_over`.
 """
 
+import contextlib
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -96,6 +99,69 @@ def make_mesh(
         )
     auto = (AxisType.Auto,) * len(AXES)
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=auto, devices=devices)
+
+
+class Split(NamedTuple):
+    """Mesh axes over which kernels split batch and heads (or channels)."""
+
+    batch: tuple[str, ...] = BATCH_AXES
+    heads: tuple[str, ...] = HEAD_AXES
+
+
+_SPLIT = jax.make_user_context(Split())  # what jax.jit has traced under another one, it traces anew
+
+
+def split() -> Split:
+    """The axes where this is called: those of `split_over`, or the table's."""
+    return _SPLIT.value
+
+
+@contextlib.contextmanager
+def split_over(
+    batch: str | Sequence[str] | None = None, heads: str | Sequence[str] | None = None
+) -> Iterator[None]:
+    """Inside, kernels split batch and heads over these axes of the mesh of `jax.set_mesh`.
+
+        mesh = jax.make_mesh((4, 2), ("replica", "model"), (AxisType.Auto,) * 2)
+        with jax.set_mesh(mesh), split_over("replica", "model"):
+            y, state = jax.jit(layer.apply)(params, x)
+
+    For a mesh whose axes have other names than `AXES`, around a model, a layer or an operation. A
+    layer has no such fields: its wrappers would have to pass them on, and who calls operations in
+    plain JAX has no layer. What counts is where an operation is called, for its backward pass too.
+
+    Args:
+        batch: names of mesh axes, () for none; None leaves it as it is outside.
+        heads: the same of heads and channels.
+
+    Raises:
+        ValueError: not names, or one name in both; where a kernel is traced, a name that is neither
+            of its mesh nor in `AXES`.
+    """
+    names = {
+        key: outer if given is None else (given,) if isinstance(given, str) else given
+        for key, given, outer in zip(Split._fields, (batch, heads), split(), strict=True)
+    }
+    for key, given in names.items():
+        if not isinstance(given, Sequence) or not all(isinstance(name, str) for name in given):
+            raise ValueError(f"{key}: expected names of mesh axes, got {given!r}")
+    inside = Split(*map(tuple, names.values()))
+    if both := sorted(set(inside.batch) & set(inside.heads)):
+        raise ValueError(f"heads: expected other axes than batch's {inside.batch}, got {both} too")
+    with _SPLIT(inside):
+        yield
+
+
+def with_split_from_here(function: Callable) -> Callable:
+    """`function`, which may be traced later and elsewhere, with the axes that hold here."""
+    here = split()
+
+    @functools.wraps(function)
+    def inside(*args):
+        with split_over(*here):
+            return function(*args)
+
+    return inside
 
 
 def find_rule(name: str) -> Rule | None:

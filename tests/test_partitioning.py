@@ -102,3 +102,26 @@ def test_the_report_counts_bytes_on_a_device(mesh):
     text = p.format_report(list(rows.values()))
     assert "fsdp, tensor" in text and "(no rule)" in text and "2,053 parameters" in text
     assert f"{1024 + 20:,} bytes on each device" in text
+
+
+def test_axes_of_kernels_are_those_of_the_innermost():
+    assert p.split() == (p.BATCH_AXES, p.HEAD_AXES)
+    with p.split_over("rows", ["columns"]):
+        assert p.split() == (("rows",), ("columns",))
+        with p.split_over(heads=()):
+            assert p.split() == (("rows",), ())
+    assert p.split() == (p.BATCH_AXES, p.HEAD_AXES)
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ({"batch": 3}, "batch: expected names of mesh axes, got 3"),
+        ({"heads": ("tensor", None)}, "heads: expected names of mesh axes, got ('tensor', None)"),
+        ({"heads": "data"}, "heads: expected other axes than batch's ('data', 'fsdp'), got"),
+    ],
+)
+def test_bad_axes_of_kernels(names, said):
+    with pytest.raises(ValueError) as error, p.split_over(**names):
+        pass
+    assert str(error.value).startswith(said)

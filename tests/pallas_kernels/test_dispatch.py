@@ -1,5 +1,6 @@
 """Which form runs: by the platform a program is lowered for, by its length, by name."""
 
+import functools
 import warnings
 
 import jax
@@ -11,7 +12,7 @@ from jax.sharding import AxisType, PartitionSpec
 from memseq.pallas_kernels import attention, causal_conv, delta_rule, linear_attention
 from memseq.pallas_kernels.common import dispatch
 from memseq.pallas_kernels.common.dispatch import Forms, KernelForm, run
-from memseq.partitioning import make_mesh
+from memseq.partitioning import make_mesh, split_over
 from tests.pallas_kernels.harness import assert_close, interpreted, with_gradients
 
 LONG = dispatch.SHORT
@@ -225,6 +226,38 @@ def test_kernels_under_a_mesh_run_on_each_device(mesh, heads, spec):
         found = gradients_of("mosaic_tpu", ids)(x)
     assert_close(found, expected, 2e-5)
     assert found[1]["query"].sharding.spec == spec
+
+
+@pytest.mark.slow
+def test_a_mesh_with_axes_of_other_names():
+    """Named around the call; the backward pass is traced outside."""
+    x, ids = memory()
+    expected = gradients_of("chunked", ids)(x)
+    kinds = (AxisType.Auto,) * 2
+    mesh = jax.make_mesh((4, 2), ("rows", "columns"), kinds, devices=jax.devices())
+
+    def loss(x):
+        with split_over("rows", ("columns",)):
+            out, state = linear_attention(**x, segment_ids=ids, implementation="mosaic_tpu")
+        return (out**2).sum() + (state**2).sum()
+
+    with jax.set_mesh(mesh), interpreted():
+        found = jax.jit(jax.value_and_grad(loss))(x)
+    assert_close(found, expected, 2e-5)
+    assert found[1]["query"].sharding.spec == PartitionSpec("rows", None, "columns")
+
+
+def test_an_axis_that_the_mesh_does_not_have():
+    x, ids = memory()
+    call = functools.partial(linear_attention, segment_ids=ids, implementation="mosaic_tpu")
+    with (
+        jax.set_mesh(make_mesh("data=-1")),
+        split_over(heads="columns"),
+        pytest.raises(
+            ValueError, match=r"^heads of split_over: expected axes of the mesh, \['data'"
+        ),
+    ):
+        jax.eval_shape(lambda x: call(**x), x)
 
 
 def test_kernels_inside_a_shard_map_of_the_user():

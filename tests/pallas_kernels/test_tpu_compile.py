@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from memseq.layers import LinearAttention
 from memseq.pallas_kernels import (
     causal_conv,
     delta_rule,
@@ -20,6 +21,8 @@ from memseq.pallas_kernels import (
 )
 from memseq.pallas_kernels.aot import TARGETS, compile_for, mesh_for
 from memseq.pallas_kernels.neural_memory import Loss, Retention
+from memseq.pallas_kernels.static_report import calls
+from memseq.partitioning import split_over
 from tests.pallas_kernels.test_neural_memory_tpu import floating as neural_memory
 
 pytestmark = pytest.mark.usefixtures("needs_libtpu")
@@ -222,6 +225,27 @@ def test_auto_takes_the_kernels_under_a_mesh_of_a_tpu():
 
     compiled = compile_for("v5e", call, arguments)
     assert kernels(compiled) == 3
+
+
+def test_a_layers_kernels_under_a_mesh_with_axes_of_other_names():
+    """Each of four devices takes a quarter, going backward too, which is traced outside."""
+    mesh = mesh_for("v5e", rows=2, columns=2)
+    layer = LinearAttention(features=256, heads=2, implementation="mosaic_tpu")
+    x = jax.ShapeDtypeStruct((2, 128, 256), jnp.bfloat16)
+    params = jax.eval_shape(lambda: layer.init(jax.random.key(0), jnp.zeros(x.shape)))
+    x = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec("rows")))
+
+    def bytes_of_kernels(batch, heads):
+        def loss(params, x):
+            with split_over(batch, heads):
+                y, _ = layer.apply(params, x)
+            return jnp.sum(y**2)
+
+        compiled = compile_for("v5e", jax.grad(loss), params, x)
+        return [call.bytes for call in calls(compiled.as_text())]
+
+    parts, whole = bytes_of_kernels("rows", "columns"), bytes_of_kernels((), ())
+    assert len(parts) == 3 and [4 * n for n in parts] == whole
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -18,6 +18,7 @@ import numpy as np
 
 from memseq.pallas_kernels.common.checks import check_choice
 from memseq.pallas_kernels.common.sharded import over_mesh, vary_together
+from memseq.partitioning import with_split_from_here
 
 IMPLEMENTATIONS = ("auto", "reference", "chunked", "mosaic_tpu", "mosaic_gpu")
 SHORT = 16  # calls of fewer time steps take the recurrent form: there is nothing to parallelise
@@ -102,6 +103,7 @@ def _automatic(forms: Forms, plain_name: str, arrays: tuple, options: dict) -> A
         return jax.lax.platform_dependent(*operands, default=default, **branches)
 
     @jax.custom_vjp
+    @with_split_from_here
     def call(*arrays):
         branches = {p: _forward(forms, k, arrays, options) for p, k in kernels.items()}
         return by_platform(lambda *xs: plain(*xs), branches, *arrays)
@@ -109,6 +111,7 @@ def _automatic(forms: Forms, plain_name: str, arrays: tuple, options: dict) -> A
     def forward_rule(*arrays):
         return call(*arrays), arrays
 
+    @with_split_from_here
     def backward_rule(arrays, cotangents):
         cotangents = _floating(cotangents)
         branches = {p: _backward(forms, k, arrays, cotangents, options) for p, k in kernels.items()}
@@ -120,13 +123,16 @@ def _automatic(forms: Forms, plain_name: str, arrays: tuple, options: dict) -> A
 
 def _with_backward(forms: Forms, form: KernelForm, arrays: tuple, options: dict) -> Any:
     @jax.custom_vjp
+    @with_split_from_here
     def call(*arrays):
         return _forward(forms, form, arrays, options)(*arrays)
 
-    call.defvjp(
-        lambda *xs: (call(*xs), xs),
-        lambda xs, ct: _backward(forms, form, xs, ct, options)(xs, _floating(ct)),
-    )
+    @with_split_from_here
+    def backward_rule(arrays, cotangents):
+        function = _backward(forms, form, arrays, cotangents, options)
+        return function(arrays, _floating(cotangents))
+
+    call.defvjp(lambda *xs: (call(*xs), xs), backward_rule)
     return call(*arrays)
 
 

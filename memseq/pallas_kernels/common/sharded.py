@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import jax
 from jax.sharding import AxisType, PartitionSpec
 
-from memseq.partitioning import BATCH_AXES, HEAD_AXES
+from memseq.partitioning import AXES, split
 
 
 def over_mesh(
@@ -19,6 +19,7 @@ def over_mesh(
 ) -> Callable:
     """`function(*arrays)` made to run on each device's part, under the mesh of `jax.set_mesh`.
 
+    Mesh axes split batch and heads as `partitioning.split` says.
     Axes that a surrounding shard_map has split already are left alone, and so is a dimension whose
     size they do not divide: then every device computes all of it.
 
@@ -29,18 +30,28 @@ def over_mesh(
         out_axes: the same of each output. An output without "b" or "h" is summed over the devices
             that hold parts of what it was computed from.
         arrays: the arrays, or their shapes.
+
+    Raises:
+        ValueError: `split_over` names an axis that is neither of the mesh nor of the table.
     """
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh, wanted = jax.sharding.get_abstract_mesh(), split()
+    for key, names in wanted._asdict().items():
+        unknown = set(names) - {*mesh.axis_names, *AXES}
+        if unknown and mesh.axis_names:
+            raise ValueError(
+                f"{key} of split_over: expected axes of the mesh, {list(mesh.axis_names)}, "
+                f"got {sorted(unknown)}"
+            )
     free = {
         name
         for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
         if kind == AxisType.Auto
     }
-    split = {
+    parts = {
         letter: _dividing(
-            mesh, [n for n in wanted if n in free and mesh.shape[n] > 1], letter, axes, arrays
+            mesh, [n for n in names if n in free and mesh.shape[n] > 1], letter, axes, arrays
         )
-        for letter, wanted in (("b", BATCH_AXES), ("h", HEAD_AXES))
+        for letter, names in zip("bh", wanted, strict=True)
     }
     split_already = len(free) < len(mesh.axis_names)
     # once some axes are split the compilers ask for all, also for those of one device
@@ -48,7 +59,7 @@ def over_mesh(
         return function
 
     def spec(letters, ndim):
-        return PartitionSpec(*(split.get(letter) or None for letter in letters[:ndim]))
+        return PartitionSpec(*(parts.get(letter) or None for letter in letters[:ndim]))
 
     @functools.wraps(function)
     def on_each_device(*arrays):
@@ -68,7 +79,7 @@ def over_mesh(
             left = iter(vary_together(given))
             outputs = function(*(None if x is None else next(left) for x in arrays))
             return [
-                _summed(y, [name for key in "bh" if key not in letters for name in split[key]])
+                _summed(y, [name for key in "bh" if key not in letters for name in parts[key]])
                 for letters, y in zip(out_axes, outputs, strict=True)
                 if y is not None
             ]
