@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType, PartitionSpec
 
 
 def assert_close(actual, expected, tolerance, what=""):
@@ -190,6 +191,67 @@ def check_16_bit(operation, inputs, options, rng):
     assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(gradients))
     assert_close(values, exact[0], 2**-8, "values")
     assert_close(gradients, exact[1], 2**-8, "gradients")
+
+
+def check_transforms(call, forms, inputs, shared, rng):
+    """vmap, forward mode, second derivatives and a mesh of two devices, in float64.
+
+    call(form, inputs) -> outputs; forms: the reference and another; inputs: {argument: tree};
+    shared: the arguments without a batch axis. An `initial_state` is left out on the mesh: the
+    zeros made for it must vary over the mesh as the inputs do.
+    """
+    mesh = jax.make_mesh((2,), ("rows",), (AxisType.Auto,), devices=jax.devices()[:2])
+    rows, whole = PartitionSpec("rows"), PartitionSpec()
+    inputs = jax.tree.map(lambda x: x.astype(np.float64), inputs)
+    direction = cotangents_like(rng, inputs)
+
+    def stateless(x):
+        return {k: v for k, v in x.items() if k != "initial_state"}
+
+    def transformed(function, x, direction, cotangents):
+        def one_row(x):
+            x = {k: v if k in shared else jax.tree.map(lambda y: y[None], v) for k, v in x.items()}
+            return jax.tree.map(lambda y: y[0], function(x))
+
+        def sharded(x):
+            specs = {k: whole if k in shared else rows for k in x}
+            return jax.shard_map(function, mesh=mesh, in_specs=(specs,), out_specs=rows)(x)
+
+        def loss(x):
+            both = zip(*map(jax.tree.leaves, (cotangents, function(x))), strict=True)
+            return sum((c * y).sum() for c, y in both)
+
+        return {
+            "vmap": jax.vmap(one_row, in_axes=({k: None if k in shared else 0 for k in x},))(x),
+            "shard_map": with_gradients(sharded)(stateless(x), cotangents),
+            "jvp": jax.jvp(function, (x,), (direction,))[1],
+            "second": jax.jvp(jax.grad(loss), (x,), (direction,))[1],
+        }
+
+    reference, other = (functools.partial(call, form) for form in forms)
+    with jax.enable_x64(True):
+        cotangents = cotangents_like(rng, jax.eval_shape(reference, inputs))
+        want, found, plain, without = jax.jit(
+            lambda x, direction: (
+                transformed(reference, x, direction, cotangents),
+                transformed(other, x, direction, cotangents),
+                with_gradients(reference)(x, cotangents),
+                with_gradients(reference)(stateless(x), cotangents),
+            )
+        )(inputs, direction)
+    assert_close(found, want, 1e-9)
+    assert_close(found["vmap"], plain[0], 1e-9)
+    assert_close(found["shard_map"], without, 1e-9)
+    # the derivative along a direction, once forward and once backward
+    np.testing.assert_allclose(
+        inner(want["jvp"], cotangents), inner(plain[1], direction), rtol=1e-9
+    )
+
+
+def inner(a, b):
+    """The sum of all products of two trees."""
+    pairs = zip(*map(jax.tree.leaves, (a, b)), strict=True)
+    return sum((np.asarray(x) * y).sum() for x, y in pairs)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
 
 from memseq.pallas_kernels import attention
 from tests.pallas_kernels import oracles
@@ -13,7 +12,7 @@ from tests.pallas_kernels.harness import (
     assert_same,
     check_16_bit,
     check_agreement,
-    cotangents_like,
+    check_transforms,
     packed_ids,
     with_gradients,
 )
@@ -280,49 +279,9 @@ def test_an_id_that_comes_back_is_a_new_segment_unless_keys_have_ids():
 
 
 def test_transforms():
-    """vmap, forward mode, second derivatives and two devices, all beside the reference."""
     inputs, options, rng = build(20, forget=True, sinks=True, window=6)
-    mesh = jax.make_mesh((2,), ("rows",), (AxisType.Auto,), devices=jax.devices()[:2])
-    rows, shared = PartitionSpec("rows"), PartitionSpec()
-    specs = {k: shared if k == "sinks" else rows for k in inputs}
-    direction = cotangents_like(rng, inputs)
-    cotangent = rng.normal(size=(2, 20, 4, 3))
 
-    def everything(form):
-        def call(x):
-            return attention(**x, **options, implementation=form)
+    def call(form, x):
+        return attention(**x, **options, implementation=form)
 
-        def loss(x):
-            return (call(x) * cotangent).sum()
-
-        def one_row(x):
-            sinks = x.pop("sinks")
-            return call({k: v[None] for k, v in x.items()} | {"sinks": sinks})[0]
-
-        def sharded(x):
-            return jax.shard_map(call, mesh=mesh, in_specs=(specs,), out_specs=rows)(x)
-
-        axes = {k: None if k == "sinks" else 0 for k in inputs}
-
-        def run(x, direction):
-            return {
-                "vmap": jax.vmap(one_row, in_axes=(axes,))(x),
-                "shard_map": with_gradients(sharded)(x, cotangent),
-                "jvp": jax.jvp(call, (x,), (direction,))[1],
-                "second": jax.jvp(jax.grad(loss), (x,), (direction,))[1],
-            }
-
-        return run, with_gradients(call)
-
-    with jax.enable_x64(True):
-        (reference, plain), (chunked, _) = everything("reference"), everything("chunked")
-        a, b, c = jax.jit(lambda x, d: (reference(x, d), chunked(x, d), plain(x, cotangent)))(
-            inputs, direction
-        )
-    assert_close(b, a, 1e-9)
-    assert_close(b["vmap"], c[0], 1e-9)
-    assert_close(b["shard_map"], c, 1e-9)
-    # the derivative along a direction, once forward and once backward
-    forward = (np.asarray(a["jvp"]) * cotangent).sum()
-    backward = sum((np.asarray(c[1][k]) * direction[k]).sum() for k in inputs)
-    np.testing.assert_allclose(forward, backward, rtol=1e-9)
+    check_transforms(call, ("reference", "chunked"), inputs, ("sinks",), rng)

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
 
 from memseq.pallas_kernels import attention, hopfield_retrieve
 from tests.pallas_kernels.harness import (
@@ -12,7 +11,7 @@ from tests.pallas_kernels.harness import (
     assert_same,
     check_16_bit,
     check_agreement,
-    cotangents_like,
+    check_transforms,
     with_gradients,
 )
 from tests.pallas_kernels.test_entmax import by_bisection
@@ -426,54 +425,14 @@ def test_second_derivatives_are_those_of_finite_differences():
 
 
 def test_transforms():
-    """vmap, forward mode, second derivatives and two devices, all beside the reference."""
     inputs, options, rng = build(
         6, 6, steps=2, separation="softmax_n", causal=True, chunk_size=4, return_energy=True
     )
-    mesh = jax.make_mesh((2,), ("rows",), (AxisType.Auto,), devices=jax.devices()[:2])
-    rows, shared = PartitionSpec("rows"), PartitionSpec()
-    per_head = ("beta", "sink")
-    specs = {k: shared if k in per_head else rows for k in inputs}
-    direction = cotangents_like(rng, inputs)
-    cotangent = (rng.normal(size=(2, 6, 2, 3)), rng.normal(size=(2, 6, 2, 2)))
 
-    def everything(form):
-        def call(x):
-            return hopfield_retrieve(**x, **options, implementation=form)
+    def call(form, x):
+        return hopfield_retrieve(**x, **options, implementation=form)
 
-        def loss(x):
-            return sum((y * c).sum() for y, c in zip(call(x), cotangent, strict=True))
-
-        def one_row(x):
-            x = {k: v if k in per_head else v[None] for k, v in x.items()}
-            return jax.tree.map(lambda y: y[0], call(x))
-
-        def sharded(x):
-            return jax.shard_map(call, mesh=mesh, in_specs=(specs,), out_specs=rows)(x)
-
-        axes = {k: None if k in per_head else 0 for k in inputs}
-
-        def run(x, direction):
-            return {
-                "vmap": jax.vmap(one_row, in_axes=(axes,))(x),
-                "shard_map": with_gradients(sharded)(x, cotangent),
-                "jvp": jax.jvp(call, (x,), (direction,))[1],
-                "second": jax.jvp(jax.grad(loss), (x,), (direction,))[1],
-            }
-
-        return run, with_gradients(call)
-
-    with jax.enable_x64(True):
-        (reference, plain), (chunked, _) = everything("reference"), everything("chunked")
-        a, b, c = jax.jit(lambda x, d: (reference(x, d), chunked(x, d), plain(x, cotangent)))(
-            inputs, direction
-        )
-    assert_close(b, a, 1e-9)
-    assert_close(b["vmap"], c[0], 1e-9)
-    assert_close(b["shard_map"], c, 1e-9)
-    forward = sum((np.asarray(x) * y).sum() for x, y in zip(a["jvp"], cotangent, strict=True))
-    backward = sum((np.asarray(c[1][k]) * direction[k]).sum() for k in inputs)
-    np.testing.assert_allclose(forward, backward, rtol=1e-9)
+    check_transforms(call, ("reference", "chunked"), inputs, ("beta", "sink"), rng)
 
 
 def test_whole_numbers_are_temperatures():

@@ -8,7 +8,6 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
 
 from memseq.pallas_kernels import (
     causal_conv,
@@ -29,6 +28,7 @@ from memseq.pallas_kernels.neural_memory import Loss, Memory, MemoryState
 from tests.pallas_kernels.harness import (
     assert_close,
     assert_same,
+    check_transforms,
     correlated_keys,
     cotangents_like,
     hard_decay,
@@ -440,72 +440,14 @@ def test_chunk_size_changes_nothing(name):
 
 @pytest.mark.parametrize("name", QUICK)
 def test_transforms(name):
-    """vmap, forward mode, second derivatives, and a mesh of two devices, in float64."""
-    mesh = jax.make_mesh((2,), ("rows",), (AxisType.Auto,), devices=jax.devices()[:2])
-    rows, shared = PartitionSpec("rows"), PartitionSpec()
-
-    def everything(operation):
-        def call(x):
-            return operation.call(x, segment_ids=None)
-
-        def add(y):
-            return y[None]
-
-        def one_row(x):
-            return jax.tree.map(
-                lambda y: y[0],
-                call({k: v if k in SHARED else jax.tree.map(add, v) for k, v in x.items()}),
-            )
-
-        def sharded(x):
-            # without a state: the zeros made for it must vary over the mesh as the inputs do
-            specs = {k: shared if k in SHARED else rows for k in x}
-            return jax.shard_map(call, mesh=mesh, in_specs=(specs,), out_specs=rows)(x)
-
-        def loss(x):
-            both = zip(*map(jax.tree.leaves, (operation.cotangents, call(x))), strict=True)
-            return sum((c * y).sum() for c, y in both)
-
-        def run(x, direction):
-            axes = {k: None if k in SHARED else 0 for k in x}
-            return {
-                "vmap": jax.vmap(one_row, in_axes=(axes,))(x),
-                "shard_map": with_gradients(sharded)(stateless(x), operation.cotangents),
-                "jvp": jax.jvp(call, (x,), (direction,))[1],
-                "second": jax.jvp(jax.grad(loss), (x,), (direction,))[1],
-            }
-
-        return run, with_gradients(call)
-
-    def stateless(x):
-        return {k: v for k, v in x.items() if k != "initial_state"}
-
     last = "by chunk" if name in MATRIX else "chunked"
-    operations = [Operation(name, form) for form in ("reference", last)]
-    inputs = jax.tree.map(lambda x: x.astype(np.float64), operations[0].inputs)
-    direction = cotangents_like(operations[0].rng, inputs)
-    with jax.enable_x64(True):
-        (reference, plain), (chunked, _) = map(everything, operations)
-        cotangents = operations[0].cotangents
-        a, b, c, d = jax.jit(
-            lambda x, direction: (
-                reference(x, direction),
-                chunked(x, direction),
-                plain(x, cotangents),
-                plain(stateless(x), cotangents),
-            )
-        )(inputs, direction)
-    assert_close(b, a, 1e-9)
-    assert_close(b["vmap"], c[0], 1e-9)
-    assert_close(b["shard_map"], d, 1e-9)
-    # the derivative along a direction, once forward and once backward
-    np.testing.assert_allclose(inner(a["jvp"], cotangents), inner(c[1], direction), rtol=1e-9)
+    operations = {form: Operation(name, form) for form in ("reference", last)}
+    reference = operations["reference"]
 
+    def call(form, x):
+        return operations[form].call(x, segment_ids=None)
 
-def inner(a, b):
-    """The sum of all products of two trees."""
-    pairs = zip(*map(jax.tree.leaves, (a, b)), strict=True)
-    return sum((np.asarray(x) * y).sum() for x, y in pairs)
+    check_transforms(call, tuple(operations), reference.inputs, SHARED, reference.rng)
 
 
 @pytest.mark.parametrize("name", QUICK)
