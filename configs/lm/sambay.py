@@ -8,8 +8,10 @@ share; then three times a gated memory unit and attention on that cache.
     memseq train --config=configs/lm/sambay.py --workdir=runs/sambay
     memseq train --config=configs/lm/sambay.py:smoke --workdir=runs/smoke
 
-1.13B parameters, 127M of them in embeddings. However long the context, one cache grows with it. The
-vocabulary and the training are those of gla_340m; the text is that of configs/lm/bytes.py.
+1.13B parameters, 127M of them in embeddings. However long the context, one cache grows with it. Of
+a prompt only the last step goes through the upper six layers (the shared attention below them does
+attend at all steps). The vocabulary and the training are those of gla_340m; the text is that of
+configs/lm/bytes.py.
 """
 
 from pathlib import Path

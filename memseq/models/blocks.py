@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from memseq.layers import CHANNEL_LAYERS, REGISTRY, SHARED_LAYERS, SequenceLayer
-from memseq.layers.common.parts import RMSNorm
+from memseq.layers.common.parts import RMSNorm, take_step
+from memseq.layers.shared.reader import read_at
 from memseq.pallas_kernels.common.checks import check_choice
 
 REMAT_POLICIES = {
@@ -121,6 +122,14 @@ def _options_of(mixer: str) -> set[str]:
     return {f.name for f in dataclasses.fields(constructor)} - _NOT_OPTIONS
 
 
+def first_reader(blocks: tuple[Block, ...]) -> int:
+    """The first of the last blocks that have no memory of their own: they look at no other step."""
+    count = len(blocks)
+    while count and hasattr(MIXERS[blocks[count - 1].mixer], "READS"):
+        count -= 1
+    return count
+
+
 def depends_on_depth(mixer: str) -> bool:
     """True for a mixer that is not the same in every layer, or uses what another layer computed."""
     return "layer_index" in _options_of(mixer) or getattr(MIXERS[mixer], "SHARES", False)
@@ -134,7 +143,7 @@ class _Group(nn.Module):
     prevent_cse: bool
 
     @nn.compact
-    def __call__(self, x, states, segment_ids):
+    def __call__(self, x, states, segment_ids, last):
         def call(block, *arguments):
             return block(*arguments)
 
@@ -142,12 +151,15 @@ class _Group(nn.Module):
             policy = REMAT_POLICIES[self.remat]
             call = nn.remat(call, policy=policy, prevent_cse=self.prevent_cse)
         states = (None,) * len(self.blocks) if states is None else states
-        after, shared = [], {}
+        after, shared, whole = [], {}, x.shape
         for i, (block, state) in enumerate(zip(self.blocks, states, strict=True)):
+            if last is not None and i == first_reader(self.blocks):
+                x, shared = take_step(x, last), read_at(shared, last)
+                segment_ids = None if segment_ids is None else take_step(segment_ids, last)
             block = block.clone(name=f"block_{i}", parent=self)
             x, state, shared = call(block, x, state, segment_ids, shared)
             after.append(state)
-        return x, tuple(after)
+        return jnp.broadcast_to(x, whole), tuple(after)  # a loop's carry keeps its shape
 
 
 class Stack(nn.Module):
@@ -205,20 +217,25 @@ class Stack(nn.Module):
         return 1 if any(map(depends_on_depth, known)) else self.repeats
 
     @nn.compact
-    def __call__(self, x, state, segment_ids):
+    def __call__(self, x, state, segment_ids, last=None):
+        """x [batch, time, features] to the same, and the state.
+
+        last: int32 [batch], the last valid position of each row, if only what comes out there is
+            wanted: elsewhere it means nothing. Blocks behind all memories run at that step alone.
+        """
         check_choice("remat", self.remat, REMAT_POLICIES)
         scanned = nn.scan(
             _Group,
             variable_axes={"params": 0, "intermediates": 0, "losses": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast),
             out_axes=0,
             length=self.scanned(),
         )
         # a loop itself keeps recomputation from being merged away, one of a single step does not
         prevent_cse = self.scanned() == 1
         group = scanned(self.blocks(), self.remat, prevent_cse, name="layers")
-        return group(x, state, segment_ids)
+        return group(x, state, segment_ids, last)
 
     @nn.nowrap
     def init_state(self, batch: int, context: int | None = None) -> tuple:

@@ -92,9 +92,8 @@ def _prefill(model, params, tokens, lengths, state):
     # without an id of its own a row goes on with whatever segment its state is in
     segment = jnp.maximum(_segment(state), 0)
     ids = jnp.where(padded, -1, segment[:, None])
-    hidden, state = model.apply(params, tokens, state, ids, method="hidden")
-    last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
-    return model.apply(params, last, method="logits"), state
+    hidden, state = model.apply(params, tokens, state, ids, lengths - 1, method="hidden")
+    return model.apply(params, hidden[:, 0], method="logits"), state
 
 
 def _segment(state) -> jax.Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import freeze
 
-from memseq.layers.common.parts import RMSNorm
+from memseq.layers.common.parts import RMSNorm, take_step
 from memseq.models.blocks import Stack, as_pattern
 
 
@@ -87,13 +87,20 @@ class LanguageModel(nn.Module):
         hidden, state = self.hidden(tokens, state, segment_ids)
         return self.logits(hidden), state
 
-    def hidden(self, tokens, state=None, segment_ids=None):
-        """tokens int32 [batch, time] to activations [batch, time, features], and the state."""
+    def hidden(self, tokens, state=None, segment_ids=None, last=None):
+        """tokens int32 [batch, time] to activations [batch, time, features], and the state.
+
+        last: int32 [batch], the last valid position of each row: gives the activations there alone,
+            [batch, 1, features]. Layers at the top that only read what a layer below them shares
+            then run at that step alone: a prompt need not pass through a cross-decoder (Sun et al.
+            2024, arXiv:2405.05254, section 2.3).
+        """
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(
                 f"tokens: expected integers [batch, time], got {tokens.dtype} {list(tokens.shape)}"
             )
-        x, state = self.stack(self.embed(tokens), state, segment_ids)
+        x, state = self.stack(self.embed(tokens), state, segment_ids, last)
+        x = x if last is None else take_step(x, last)
         return self.norm(x), state
 
     def logits(self, hidden: jax.Array) -> jax.Array:

@@ -84,6 +84,32 @@ def test_a_prompt_and_single_tokens_equal_one_call(model):
     close(got[1], want[1])
 
 
+def test_a_prompt_stops_at_what_is_shared(model):
+    """Rows of 5 and 9 tokens: only their last step goes through the cross-decoder.
+
+    Logits there and the state, from which decoding goes on, are those of all steps.
+    """
+    lengths, ids = np.array([5, 9]), tokens(2, 12)
+    prompt = np.where(np.arange(12) < lengths[:, None], 4, -1).astype(np.int32)
+    state = model[0].init_state(2, context=12)
+
+    @jax.jit
+    def prefill(params, last):
+        return model[0].apply(params, ids, state, prompt, last, method="hidden")
+
+    everywhere, want = prefill(model[1], None)
+    hidden, got = prefill(model[1], lengths - 1)
+    assert hidden.shape == (2, 1, FEATURES)
+    close(hidden[:, 0], everywhere[np.arange(2), lengths - 1])
+    jax.tree.map(close, got, want)
+    np.testing.assert_array_equal(got[-1].segment, [[4, 4]])
+
+    def products(last):
+        return prefill.lower(model[1], last).cost_analysis()["flops"]
+
+    assert products(lengths - 1) < 0.5 * products(None)  # four of the six layers read
+
+
 @pytest.mark.slow
 def test_a_cross_decoder_of_attention_alone():
     """YOCO's layout: retention with gates, one cache, and layers that read it."""

@@ -144,6 +144,11 @@ class MambaGate(nn.Module):
         return dt, -jnp.exp(a_log) * dt
 
 
+def take_step(x: jax.Array, position: jax.Array) -> jax.Array:
+    """The step `position` int32 [batch] of each row of x [batch, time, ...]: [batch, 1, ...]."""
+    return jnp.take_along_axis(x, position.reshape(-1, *[1] * (x.ndim - 1)), axis=1)
+
+
 def count_positions(
     carried: jax.Array, time: int, segment_ids: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:

@@ -5,7 +5,9 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 
+from memseq.layers.attention.cache import Seen
 from memseq.layers.common.base import SequenceLayer, enter, leave, no_segment, state_dataclass
+from memseq.layers.common.parts import take_step
 
 
 @state_dataclass
@@ -49,3 +51,20 @@ class SharedReader(SequenceLayer):
     def recall_shared(self, inputs: jax.Array, held: Any) -> jax.Array:
         """The read-out, from what `project` gave and what the layer below left."""
         raise NotImplementedError(f"{type(self).__name__} has no recall_shared")
+
+
+def read_at(shared: dict[str, Any], position: jax.Array) -> dict[str, Any]:
+    """What was left in `shared`, for the readers of one step of each row: time is 1.
+
+    position: int32 [batch], that step. Of a cache all keys and values stay.
+    """
+
+    def step(held):
+        if not isinstance(held, Seen):
+            return take_step(held, position)
+        return held._replace(
+            query_positions=take_step(held.query_positions, position),
+            query_segments=take_step(held.query_segments, position),
+        )
+
+    return {name: step(held) for name, held in shared.items()}
