@@ -274,7 +274,7 @@ Prints to standard output. Writes no files but that of --json.""",
         str,
         "lab",
         "size of a model that the operation knows, lab (batch 1, time 2048, 16 heads of 128, with "
-        "each kind of decay), or all of them",
+        "each kind of decay), named (the sizes of models), or all of them",
         "NAME",
     )
     compiling.option(

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,26 +96,35 @@ def _is_array(x) -> bool:
     return isinstance(x, jax.Array)
 
 
-def compile_job(job: Job, folder: str) -> dict[str, Any]:
-    """Compiles one row in this process; libtpu writes its schedule into `folder`."""
+def program(job: Job) -> tuple[Callable, tuple]:
+    """What a row compiles: a function that calls the kernels, and its arguments as shapes.
+
+    Raises:
+        ValueError: the kernels cannot run at these sizes.
+    """
     operation = OPERATIONS[job.operation]
     shape = sized(operation, job.shape, job.decay)
     specs, options = arguments(operation, shape, job.dtype)
 
     def forward(arrays):
         outputs = operation.function(**arrays, **options, implementation="mosaic_tpu")
-        return [x for x in jax.tree.leaves(outputs) if jnp.issubdtype(x.dtype, jnp.floating)]
+        return [x for x in jax.tree.leaves(outputs) if jnp.issubdtype(x.dtype, jnp.inexact)]
 
     def backward(arrays, cotangents):
         return jax.vjp(forward, arrays)[1](cotangents)  # of the forward pass nothing is left
 
+    outputs = jax.eval_shape(forward, specs)
+    return (forward, (specs,)) if job.direction == "forward" else (backward, (specs, outputs))
+
+
+def compile_job(job: Job, folder: str) -> dict[str, Any]:
+    """Compiles one row in this process; libtpu writes its schedule into `folder`."""
+    operation = OPERATIONS[job.operation]
+    shape = sized(operation, job.shape, job.decay)
     row = {"job": dataclasses.asdict(job), "shape": str(shape), "compiles": False, "limit": False}
     try:
-        if job.direction == "forward":
-            compiled = aot.compile_for(job.target, forward, specs)
-        else:
-            outputs = jax.eval_shape(forward, specs)
-            compiled = aot.compile_for(job.target, backward, specs, outputs)
+        function, specs = program(job)
+        compiled = aot.compile_for(job.target, function, *specs)
     except Exception as error:  # whatever the compiler says, it is the answer
         text = f"{type(error).__name__}: {str(error).strip()}"
         return row | {"error": text.splitlines()[0], "limit": " cannot run: " in text}

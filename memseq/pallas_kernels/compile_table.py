@@ -51,18 +51,19 @@ def main(args: argparse.Namespace) -> int:
 
 
 def jobs(operation: str, target: str, shape: str, dtype: str) -> list[Job]:
-    """The rows that the options name; "all" stands for every one."""
+    """The rows that the options name; "all" stands for every one, "named" for all but "lab"."""
     kernels = [name for name, op in OPERATIONS.items() if op.forms.mosaic_tpu is not None]
     check_choice("operation", operation, ["all", *kernels])
     check_choice("target", target, ["all", *aot.TARGETS])
     check_choice("dtype", dtype, ("bfloat16", "float32"))
     chosen = kernels if operation == "all" else [operation]
     known = ["lab", *dict.fromkeys(s for name in chosen for s in OPERATIONS[name].shapes.SHAPES)]
-    check_choice("shape", shape, ["all", *known])
+    check_choice("shape", shape, ["all", "named", *known])
+    sizes = {"all": known, "named": known[1:]}.get(shape, [shape])
     return [
         Job(name, size, decay, dtype, direction, chip)
         for name in chosen
-        for size in (known if shape == "all" else [shape])
+        for size in sizes
         if size == "lab" or size in OPERATIONS[name].shapes.SHAPES
         for decay in _decays(OPERATIONS[name], size)
         for direction in DIRECTIONS

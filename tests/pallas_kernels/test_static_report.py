@@ -1,6 +1,7 @@
 """`memseq kernels compile`: how the compiler's files are read, and what becomes of failures."""
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -172,6 +173,11 @@ def test_rows_that_are_asked_for():
     kernels = [k for k, op in bench.OPERATIONS.items() if op.forms.mosaic_tpu is not None]
     assert list(dict.fromkeys(row.operation for row in rows)) == kernels
     assert {row.target for row in rows} == {"v6e"} and {row.dtype for row in rows} == {"bfloat16"}
+    rows = compile_table.jobs("delta_rule", "v5e", "named", "float32")
+    shapes = bench.OPERATIONS["delta_rule"].shapes.SHAPES
+    assert [(row.shape, row.direction) for row in rows] == list(
+        itertools.product(shapes, ("forward", "backward"))
+    )
 
 
 @pytest.mark.parametrize(

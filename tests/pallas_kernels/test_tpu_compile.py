@@ -20,6 +20,8 @@ from memseq.pallas_kernels import (
     selective_scan,
 )
 from memseq.pallas_kernels.aot import TARGETS, compile_for, mesh_for
+from memseq.pallas_kernels.compile_jobs import Job, program
+from memseq.pallas_kernels.compile_table import jobs
 from memseq.pallas_kernels.neural_memory import Loss, Retention
 from memseq.pallas_kernels.static_report import calls
 from memseq.partitioning import split_over
@@ -194,6 +196,26 @@ def test_kernels_compile(name, target):
 def kernels(compiled):
     """How many there are. A gradient takes three: forward, the chunks' first states, backward."""
     return compiled.as_text().count('custom_call_target="tpu_custom_call"')
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_row_of_the_table_holds_its_kernels(direction):
+    """Of an operation whose outputs are complex, which are no floating-point arrays."""
+    row = Job("linear_scan", "odd", None, "bfloat16", direction, "v5e")
+    function, specs = program(row)
+    assert kernels(compile_for("v5e", function, *specs)) == (1 if direction == "forward" else 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "row",
+    jobs("all", "all", "named", "bfloat16") + jobs("all", "all", "named", "float32"),
+    ids=lambda row: row.label,
+)
+def test_named_shapes_compile(row):
+    """The sizes at which models call the operations, each direction for each target."""
+    function, specs = program(row)
+    assert kernels(compile_for(row.target, function, *specs)) > 0
 
 
 def test_time_is_bounded_by_hbm_not_by_vmem():
