@@ -5,11 +5,13 @@ import re
 import sys
 import tomllib
 from pathlib import Path
+from unittest import mock
 
 import jax
 import pytest
 
 from memseq.pallas_kernels.aot import has_libtpu
+from memseq.pallas_kernels.common.mosaic_tpu import scan
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
@@ -30,3 +32,10 @@ def needs_libtpu():
     if re.match(rf"{re.escape(oldest)}(\.0)*$", jax.__version__):
         pytest.skip(f"the environment of the oldest libraries (jax {oldest}) is without libtpu")
     pytest.fail("libtpu is not installed, which the extra 'test' brings: pip install '.[test]'")
+
+
+@pytest.fixture
+def short_loops():
+    """Scan kernels whose loops take two steps at a time: a fraction of the program to interpret."""
+    with mock.patch.object(scan, "UNROLL", 2):
+        yield

@@ -271,6 +271,31 @@ def interpreted(form="mosaic_tpu", **options):
         raise
 
 
+def check_the_future(operation, form, inputs, by_time, options, rng):
+    """Steps from 11 on change nothing before them, to the last bit; nor does a second run.
+
+    operation returns out and the state; by_time: the arguments that have other values from then on.
+    """
+    now = 11
+    inputs = {k: x.astype(np.float32) for k, x in inputs.items()}
+    later = {
+        k: np.concatenate([x[:, :now], 0.5 * x[:, now:]], axis=1) if k in by_time else x
+        for k, x in inputs.items()
+    }
+    shapes = jax.eval_shape(lambda x: operation(**x, **options), inputs)
+    out, *state = cotangents_like(rng, shapes)
+    out[:, now:] = 0
+    cotangents = type(shapes)([out, *(0 * x for x in state)])
+    run = jax.jit(with_gradients(lambda x: operation(**x, **options, implementation=form)))
+    with interpreted(form):
+        first, again, other = (run(x, cotangents) for x in (inputs, inputs, later))
+    assert_same(again, first)
+    out, changed = (np.asarray(outputs[0]) for outputs, _ in (first, other))
+    assert (out[:, now:] != changed[:, now:]).any()
+    assert_same(changed[:, :now], out[:, :now])
+    assert_same(other[1], first[1])
+
+
 GATES = ("log_decay", "value_log_decay", "beta", "sign", "phase", "dt")
 
 

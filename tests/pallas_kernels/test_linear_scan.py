@@ -1,27 +1,22 @@
 """`linear_scan`: its forms against the equation, at the sizes and values that break them."""
 
 import dataclasses
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memseq.pallas_kernels.common.mosaic_tpu import scan as mosaic_tpu_scan
 from memseq.pallas_kernels.linear_scan import linear_scan
 from tests.pallas_kernels import oracles_scan
 from tests.pallas_kernels.harness import (
-    assert_same,
     check_16_bit,
     check_agreement,
     check_kernel,
     check_kernel_16_bit,
-    cotangents_like,
+    check_the_future,
     hard_decay,
-    interpreted,
     packed_ids,
-    with_gradients,
 )
 
 
@@ -140,13 +135,6 @@ KERNEL_CASES = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def short_loops():
-    """Kernels whose loops take two steps at a time: a fraction of the program to interpret."""
-    with mock.patch.object(mosaic_tpu_scan, "UNROLL", 2):
-        yield
-
-
 @pytest.mark.usefixtures("short_loops")
 @pytest.mark.parametrize("name", KERNEL_CASES)
 def test_tpu_kernels(name):
@@ -193,23 +181,7 @@ def test_tpu_kernels_with_16_bit_inputs_everywhere(phase, longest):
 )
 def test_the_future_changes_nothing_and_runs_repeat(form):
     inputs, options, rng = Case(17, sign="step", longest=9, batch=1, chunk_size=8).build()
-    inputs = {k: x.astype(np.float32) for k, x in inputs.items()}
-    now = 11
-    later = {
-        k: np.concatenate([x[:, :now], 0.5 * x[:, now:]], axis=1) if x.ndim == 3 else x
-        for k, x in inputs.items()
-    }
-    cotangents = cotangents_like(rng, oracle(**inputs, segment_ids=options["segment_ids"]))
-    cotangents[0][:, now:] = 0
-    cotangents[1][:] = 0
-    run = jax.jit(with_gradients(lambda x: operation(**x, **options, implementation=form)))
-    with interpreted(form):
-        first, again, other = (run(x, cotangents) for x in (inputs, inputs, later))
-    assert_same(again, first)
-    out, changed = first[0][0], other[0][0]
-    assert (np.asarray(out) != np.asarray(changed)).any()
-    assert_same(changed[:, :now], out[:, :now])
-    assert_same(other[1], first[1])
+    check_the_future(operation, form, inputs, ("x", "log_decay", "sign"), options, rng)
 
 
 def test_a_small_step_beside_a_large_one_keeps_its_digits():

@@ -7,21 +7,19 @@ import jax
 import numpy as np
 import pytest
 
-from memseq.pallas_kernels.common.mosaic_tpu import scan as mosaic_tpu_scan
 from memseq.pallas_kernels.linear_scan import linear_scan
 from memseq.pallas_kernels.selective_scan import chunked, selective_scan
 from memseq.pallas_kernels.selective_scan.shapes import Shape, example
 from tests.pallas_kernels import oracles_scan
 from tests.pallas_kernels.harness import (
     assert_close,
-    assert_same,
     check_16_bit,
     check_agreement,
     check_kernel,
     check_kernel_16_bit,
+    check_the_future,
     cotangents_like,
     hard_decay,
-    interpreted,
     packed_ids,
     with_gradients,
 )
@@ -161,13 +159,6 @@ KERNEL_CASES = {
 }
 
 
-@pytest.fixture
-def short_loops():
-    """Kernels whose loops take two steps at a time: a fraction of the program to interpret."""
-    with mock.patch.object(mosaic_tpu_scan, "UNROLL", 2):
-        yield
-
-
 @pytest.mark.usefixtures("short_loops")
 @pytest.mark.parametrize("name", KERNEL_CASES)
 def test_tpu_kernels(name):
@@ -211,23 +202,7 @@ def test_tpu_kernels_with_16_bit_inputs_everywhere(groups, longest):
 )
 def test_the_future_changes_nothing_and_runs_repeat(form):
     inputs, options, rng = Case(17, longest=9, batch=1, chunk_size=8).build()
-    inputs = {k: x.astype(np.float32) for k, x in inputs.items()}
-    now = 11
-    by_time = ("x", "dt", "B", "C")
-    later = inputs | {
-        k: np.concatenate([inputs[k][:, :now], 0.5 * inputs[k][:, now:]], axis=1) for k in by_time
-    }
-    cotangents = cotangents_like(rng, (inputs["x"], inputs["initial_state"]))
-    cotangents[0][:, now:] = 0
-    cotangents[1][:] = 0
-    run = jax.jit(with_gradients(lambda x: selective_scan(**x, **options, implementation=form)))
-    with interpreted(form):
-        first, again, other = (run(x, cotangents) for x in (inputs, inputs, later))
-    assert_same(again, first)
-    out, changed = np.asarray(first[0][0]), np.asarray(other[0][0])
-    assert (out != changed).any()
-    assert_same(changed[:, :now], out[:, :now])
-    assert_same(other[1], first[1])
+    check_the_future(selective_scan, form, inputs, ("x", "dt", "B", "C"), options, rng)
 
 
 def test_one_number_a_channel_is_a_linear_scan():
