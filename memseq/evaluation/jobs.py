@@ -86,13 +86,13 @@ def build(config: ConfigDict, memory: str, task: str):
     """
     own, on = config.memories[memory], config.tasks[task]
     made = tasks.get(on.name, variant=on.variant, **on.options.to_dict())
-    model = ConfigDict(config.model.to_dict())
-    model.vocab_size = made.vocab_size
-    model.pattern = (own.layer,)
-    model.mixers = ConfigDict({own.layer: own.options.to_dict()}, type_safe=False)
+    model = config.model.to_dict()
+    model["pattern"] = (*model.pop("before"), own.layer)
+    model["mixers"] = {own.layer: own.options.to_dict()}
+    model["vocab_size"] = made.vocab_size
     settings = Settings(**{**config.training.to_dict(), **on.training.to_dict()})
     also = {name: tasks.get(on.name, variant=name, **on.options.to_dict()) for name in on.also}
-    return language_model(model), made, also, settings
+    return language_model(ConfigDict(model)), made, also, settings
 
 
 def score_names(task) -> list[str]:

@@ -38,6 +38,7 @@ def recall_config(
     config.model = ConfigDict()
     config.model.features = 64
     config.model.repeats = 1
+    config.model.before = ()  # layers in front of each memory, with their default options
     config.model.channel = ""  # no channel layer: what is measured is the memory
     config.model.hidden_ratio = 4.0
     config.model.tie_embeddings = False
