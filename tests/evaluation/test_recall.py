@@ -190,6 +190,8 @@ def test_every_config_names_what_exists():
 def test_mqar_variant_names_a_layer():
     config = configs.load(str(ROOT / "configs/recall/mqar.py:gated_delta_net"))
     assert config.compare == ("gated_delta_net",)
+    model, *_ = jobs.build(config, "gated_delta_net", "mqar")
+    assert model.pattern == ("gated_convolution", "gated_delta_net")
 
 
 def test_mqar_smoke(tmp_path):
