@@ -2,8 +2,8 @@
 
 Most of a test's time is compilation of a program that runs once, so XLA's CPU backend does not
 optimise, and what one test, worker or command has compiled, another finds in a folder that is
-removed at the end. XLA_FLAGS, JAX_PLATFORMS and JAX_COMPILATION_CACHE_DIR from outside are left as
-they are.
+removed at the end, or by the next run where a run was killed. XLA_FLAGS, JAX_PLATFORMS and
+JAX_COMPILATION_CACHE_DIR from outside are left as they are.
 """
 
 import gc
@@ -21,9 +21,23 @@ os.environ.setdefault(
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
 )
 os.environ.setdefault("MPLBACKEND", "agg")
+
+
+def remove_folders_of_dead_runs(temporary):
+    """The folders in `temporary` named memseq-compiled-<process>-... whose process is gone."""
+    for folder in Path(temporary).glob("memseq-compiled-[0-9]*-*"):
+        try:
+            os.kill(int(folder.name.split("-")[2]), 0)
+        except ProcessLookupError:
+            shutil.rmtree(folder, ignore_errors=True)
+        except PermissionError:  # a process of another user, so it lives
+            continue
+
+
 compiled = None  # the folder of compiled programs, where this process made it
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    compiled = tempfile.mkdtemp(prefix="memseq-compiled-")
+    remove_folders_of_dead_runs(tempfile.gettempdir())
+    compiled = tempfile.mkdtemp(prefix=f"memseq-compiled-{os.getpid()}-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
