@@ -295,6 +295,13 @@ products would take at the speed of one large matmul, measured in the same run.
 Prints to standard output. Writes no files.""",
     )
     bench.option("--operation", str, "all", "the operation to time", "NAME")
+    bench.option(
+        "--shape",
+        str,
+        None,
+        "size of a model that operations know, instead of the sizes below",
+        "NAME",
+    )
     bench.option("--batch", count, 1, "sequences")
     bench.option("--time", count, 4096, "positions of a sequence")
     bench.option("--heads", count, 4, "heads")

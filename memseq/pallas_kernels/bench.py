@@ -16,57 +16,15 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import jaxlib
 
-from memseq.pallas_kernels.attention import FORMS as ATTENTION
-from memseq.pallas_kernels.attention import attention
-from memseq.pallas_kernels.attention import shapes as attention_shapes
-from memseq.pallas_kernels.causal_conv import FORMS as CAUSAL_CONV
-from memseq.pallas_kernels.causal_conv import causal_conv
-from memseq.pallas_kernels.causal_conv import shapes as causal_conv_shapes
 from memseq.pallas_kernels.common.checks import check_choice
 from memseq.pallas_kernels.common.chunks import CHUNK
-from memseq.pallas_kernels.common.dispatch import Forms
-from memseq.pallas_kernels.delta_rule import FORMS as DELTA_RULE
-from memseq.pallas_kernels.delta_rule import delta_rule
-from memseq.pallas_kernels.delta_rule import shapes as delta_rule_shapes
-from memseq.pallas_kernels.diagonal_plus_low_rank import FORMS as DIAGONAL_PLUS_LOW_RANK
-from memseq.pallas_kernels.diagonal_plus_low_rank import diagonal_plus_low_rank
-from memseq.pallas_kernels.diagonal_plus_low_rank import shapes as diagonal_plus_low_rank_shapes
-from memseq.pallas_kernels.hopfield_retrieve import FORMS as HOPFIELD_RETRIEVE
-from memseq.pallas_kernels.hopfield_retrieve import hopfield_retrieve
-from memseq.pallas_kernels.hopfield_retrieve import shapes as hopfield_retrieve_shapes
-from memseq.pallas_kernels.linear_attention import FORMS as LINEAR_ATTENTION
-from memseq.pallas_kernels.linear_attention import linear_attention
-from memseq.pallas_kernels.linear_attention import shapes as linear_attention_shapes
-from memseq.pallas_kernels.linear_scan import FORMS as LINEAR_SCAN
-from memseq.pallas_kernels.linear_scan import linear_scan
-from memseq.pallas_kernels.linear_scan import shapes as linear_scan_shapes
-from memseq.pallas_kernels.log_linear_attention import FORMS as LOG_LINEAR_ATTENTION
-from memseq.pallas_kernels.log_linear_attention import log_linear_attention
-from memseq.pallas_kernels.log_linear_attention import shapes as log_linear_attention_shapes
-from memseq.pallas_kernels.mlstm import mlstm
-from memseq.pallas_kernels.mlstm import shapes as mlstm_shapes
-from memseq.pallas_kernels.momentum_delta_rule import FORMS as MOMENTUM_DELTA_RULE
-from memseq.pallas_kernels.momentum_delta_rule import momentum_delta_rule
-from memseq.pallas_kernels.momentum_delta_rule import shapes as momentum_delta_rule_shapes
-from memseq.pallas_kernels.neural_memory import FORMS as NEURAL_MEMORY
-from memseq.pallas_kernels.neural_memory import neural_memory
-from memseq.pallas_kernels.neural_memory import shapes as neural_memory_shapes
-from memseq.pallas_kernels.path_attention import FORMS as PATH_ATTENTION
-from memseq.pallas_kernels.path_attention import path_attention
-from memseq.pallas_kernels.path_attention import shapes as path_attention_shapes
-from memseq.pallas_kernels.ridge_readout import FORMS as RIDGE_READOUT
-from memseq.pallas_kernels.ridge_readout import ridge_readout
-from memseq.pallas_kernels.ridge_readout import shapes as ridge_readout_shapes
-from memseq.pallas_kernels.selective_scan import FORMS as SELECTIVE_SCAN
-from memseq.pallas_kernels.selective_scan import selective_scan
-from memseq.pallas_kernels.selective_scan import shapes as selective_scan_shapes
+from memseq.pallas_kernels.operations import DECAYS, OPERATIONS, Operation
 
 MATMUL = 2048  # rows and columns of the product that the floor is measured with
 PASS = 2**25  # numbers that the pass reads, and writes to a new array, as operations do
@@ -75,132 +33,7 @@ Wanted of the chunked forms on a CPU at the default sizes: linear_attention with
 delta_rule within 6x, each at least 4x faster than its reference; with --decay=channel within 10x
 and 15x, diagonal_plus_low_rank within 15x; neural_memory within 3x with one head of 128;
 mlstm within 6x; linear_scan within 4x at time 16384 with 4 heads of 64."""
-DECAYS = {"none": None, "step": "step", "channel": "channel"}  # of linear attention and delta rule
 KERNELS = {"tpu": "mosaic_tpu", "gpu": "mosaic_gpu"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Operation:
-    """An operation as it is timed: `shape(args)` gives the shape that the command line asks for."""
-
-    function: Callable[..., Any]
-    forms: Forms
-    shapes: ModuleType
-    shape: Callable[[argparse.Namespace], Any]
-    chunks: str | None = "chunk_size"  # the argument that says how long a chunk is
-    products: bool = True  # its work is matrix products
-
-    def options(self, args: argparse.Namespace) -> dict[str, int]:
-        """The chunk that was asked for. Left to themselves, scans take time as a CPU likes it."""
-        if self.chunks == "update_chunk":  # a part of the memory's definition: it has no default
-            return {self.chunks: args.chunk_size or CHUNK}
-        return {self.chunks: args.chunk_size} if self.chunks and args.chunk_size else {}
-
-
-OPERATIONS = {
-    "linear_attention": Operation(
-        linear_attention,
-        LINEAR_ATTENTION,
-        linear_attention_shapes,
-        lambda a: linear_attention_shapes.Shape(
-            a.batch, a.time, a.heads, a.heads, a.dim, a.dim, DECAYS[a.decay]
-        ),
-    ),
-    "delta_rule": Operation(
-        delta_rule,
-        DELTA_RULE,
-        delta_rule_shapes,
-        lambda a: delta_rule_shapes.Shape(
-            a.batch, a.time, a.heads, a.heads, a.dim, a.dim, DECAYS[a.decay]
-        ),
-    ),
-    "momentum_delta_rule": Operation(
-        momentum_delta_rule,
-        MOMENTUM_DELTA_RULE,
-        momentum_delta_rule_shapes,
-        lambda a: momentum_delta_rule_shapes.Shape(
-            a.batch, a.time, a.heads, a.heads, a.dim, a.dim, "step"
-        ),
-    ),
-    "diagonal_plus_low_rank": Operation(
-        diagonal_plus_low_rank,
-        DIAGONAL_PLUS_LOW_RANK,
-        diagonal_plus_low_rank_shapes,
-        lambda a: diagonal_plus_low_rank_shapes.Shape(
-            a.batch, a.time, a.heads, a.heads, a.dim, a.dim
-        ),
-    ),
-    "log_linear_attention": Operation(
-        log_linear_attention,
-        LOG_LINEAR_ATTENTION,
-        log_linear_attention_shapes,
-        lambda a: log_linear_attention_shapes.Shape(
-            a.batch, a.time, a.heads, a.heads, a.dim, a.dim, "step", levels=16
-        ),
-    ),
-    "ridge_readout": Operation(
-        ridge_readout,
-        RIDGE_READOUT,
-        ridge_readout_shapes,
-        lambda a: ridge_readout_shapes.Shape(
-            a.batch, a.time, a.heads, a.heads, a.dim, a.dim, "step"
-        ),
-    ),
-    "neural_memory": Operation(
-        neural_memory,
-        NEURAL_MEMORY,
-        neural_memory_shapes,
-        lambda a: neural_memory_shapes.Shape(a.batch, a.time, a.heads, a.dim),
-        chunks="update_chunk",
-    ),
-    "mlstm": Operation(
-        mlstm,
-        dataclasses.replace(LINEAR_ATTENTION, name="mlstm", mosaic_tpu=None, mosaic_gpu=None),
-        mlstm_shapes,
-        lambda a: mlstm_shapes.Shape(a.batch, a.time, a.heads, a.dim, a.dim),
-    ),
-    "linear_scan": Operation(
-        linear_scan,
-        LINEAR_SCAN,
-        linear_scan_shapes,
-        lambda a: linear_scan_shapes.Shape(a.batch, a.time, a.heads * a.dim),
-        products=False,
-    ),
-    "selective_scan": Operation(
-        selective_scan,
-        SELECTIVE_SCAN,
-        selective_scan_shapes,
-        lambda a: selective_scan_shapes.Shape(a.batch, a.time, a.heads * a.dim),
-        products=False,
-    ),
-    "causal_conv": Operation(
-        causal_conv,
-        CAUSAL_CONV,
-        causal_conv_shapes,
-        lambda a: causal_conv_shapes.Shape(a.batch, a.time, a.heads * a.dim),
-        chunks=None,
-        products=False,
-    ),
-    "attention": Operation(
-        attention,
-        ATTENTION,
-        attention_shapes,
-        lambda a: attention_shapes.Shape(a.batch, a.time, a.heads, a.heads, a.dim),
-        chunks=None,
-    ),
-    "path_attention": Operation(
-        path_attention,
-        PATH_ATTENTION,
-        path_attention_shapes,
-        lambda a: path_attention_shapes.Shape(a.batch, a.time, a.heads, a.heads, a.dim),
-    ),
-    "hopfield_retrieve": Operation(
-        hopfield_retrieve,
-        HOPFIELD_RETRIEVE,
-        hopfield_retrieve_shapes,
-        lambda a: hopfield_retrieve_shapes.Shape(a.batch, a.time, a.time, a.heads, a.dim),
-    ),
-}
 
 
 def main(args: argparse.Namespace) -> int:
@@ -231,11 +64,15 @@ def bench(args: argparse.Namespace) -> None:
     """Times the operations that `args.operation` names ("all" for every one) and prints tables.
 
     Raises:
-        ValueError: for an operation that does not exist.
+        ValueError: for an operation that does not exist, or a shape that none of them has.
     """
     check_choice("operation", args.operation, ["all", *OPERATIONS])
     check_choice("decay", args.decay, DECAYS)
     chosen = OPERATIONS if args.operation == "all" else {args.operation: OPERATIONS[args.operation]}
+    if args.shape is not None:
+        known = dict.fromkeys(name for op in chosen.values() for name in op.shapes.SHAPES)
+        check_choice("shape", args.shape, known)
+        chosen = {name: op for name, op in chosen.items() if args.shape in op.shapes.SHAPES}
     print(_machine())
     programs = {
         (name, form): Program.compiled(operation, form, args)
@@ -258,8 +95,9 @@ def bench(args: argparse.Namespace) -> None:
     print(
         f"one pass from {PASS:,} float32 numbers to as many new ones: {bandwidth / 1e9:.1f} GB/s\n"
     )
-    print(_times(chosen, programs, rate, bandwidth, args), end="\n\n")
-    print(_growth(chosen, args))
+    print(_times(chosen, programs, rate, bandwidth, args))
+    if args.shape is None:
+        print(f"{TARGETS}\n\n{_growth(chosen, args)}")
 
 
 @dataclasses.dataclass
@@ -287,7 +125,7 @@ class Program:
 
 def _functions(operation: Operation, form: str, args: argparse.Namespace):
     """Example inputs, the operation, and the gradients of a loss on all it returns."""
-    example = operation.shapes.example(operation.shape(args), jax.random.key(0))
+    example = operation.shapes.example(operation.sized(args), jax.random.key(0))
     inputs = {
         name: x
         for name, x in example.items()
@@ -334,7 +172,7 @@ def _times(chosen, programs, rate, bandwidth, args) -> str:
         forward, both = map(statistics.median, (program.forward_times, program.both_times))
         reference = statistics.median(programs[name, "reference"].both_times)
         if operation.products:
-            products = operation.shapes.forward_products(operation.shape(args), chunk)
+            products = operation.shapes.forward_products(operation.sized(args), chunk)
             floor = 3 * products / rate
         else:
             outputs = jax.eval_shape(program.forward, program.inputs)
@@ -342,13 +180,16 @@ def _times(chosen, programs, rate, bandwidth, args) -> str:
         faster = f"{reference / both:.1f}x faster"
         numbers = (f"{forward * 1e3:.1f}", f"{both * 1e3:.1f}", f"{both / floor:.1f}x", faster)
         rows.append((name, form, *numbers))
+    sizes = (
+        f"batch {args.batch}, time {args.time}, {args.heads} heads of {args.dim}, chunks of "
+        f"{chunk}, decay {args.decay}"
+    )
     title = (
-        f"float32, batch {args.batch}, time {args.time}, {args.heads} heads of {args.dim}, chunks "
-        f"of {chunk}, decay {args.decay}; medians of {args.repeats}.\n"
+        f"float32, {args.shape or sizes}; medians of {args.repeats}.\n"
         "Ratios are of forward with backward; the floor is three times the forward products, or,\n"
         "for elementwise operations, what must be read and written, at the speeds above."
     )
-    return f"{title}\n\n{text_table(rows, left=2)}\n{TARGETS}"
+    return f"{title}\n\n{text_table(rows, left=2)}"
 
 
 def _bytes(tree) -> int:

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from memseq.pallas_kernels import aot, static_report
-from memseq.pallas_kernels.bench import OPERATIONS, Operation
+from memseq.pallas_kernels.operations import OPERATIONS, Operation
 
 # float32
 GATES = ("log_decay", "value_log_decay", "beta", "dt", "A", "D", "step", "log_keep", "momentum")

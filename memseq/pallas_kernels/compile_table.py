@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from memseq.pallas_kernels import aot
-from memseq.pallas_kernels.bench import OPERATIONS, Operation, text_table
+from memseq.pallas_kernels.bench import text_table
 from memseq.pallas_kernels.common.checks import check_choice
 from memseq.pallas_kernels.compile_jobs import LAB, Job, arguments, compiled, sized
+from memseq.pallas_kernels.operations import OPERATIONS, Operation
 
 DECAYS = (None, "step", "channel")
 DIRECTIONS = ("forward", "backward")

@@ -15,7 +15,7 @@ from memseq.pallas_kernels.common.triangular import unit_lower_inverse
 def arguments(**changes):
     defaults = {
         "action": "bench", "operation": "all", "batch": 1, "time": 32, "heads": 2, "dim": 4,
-        "decay": "step", "chunk_size": 8, "repeats": 2,
+        "decay": "step", "chunk_size": 8, "repeats": 2, "shape": None,
     }  # fmt: skip
     return argparse.Namespace(**defaults | changes)
 
@@ -46,6 +46,20 @@ def test_bench(chosen, capsys, monkeypatch):
             assert (line is not None) == (chosen in (name, "all")), (name, form)
         growth = re.findall(rf"^{name} +(\d+) +[\d.]+ +[\d.]+ +[\d.]+$", out, re.MULTILINE)
         assert growth == (["32", "64"] if chosen in (name, "all") else [])
+
+
+def test_bench_of_a_named_shape(capsys, monkeypatch):
+    """Of the operations that have one of this name."""
+    monkeypatch.setattr(bench, "MATMUL", 64)
+    monkeypatch.setattr(bench, "PASS", 4096)
+    small = bench.OPERATIONS["attention"].shapes.SHAPES["odd"]._replace(batch=1, time=40)
+    monkeypatch.setitem(bench.OPERATIONS["attention"].shapes.SHAPES, "small", small)
+    assert bench.main(arguments(shape="small")) == 0
+    out = capsys.readouterr().out
+    assert re.findall(r"^(\w+) +(?:reference|chunked) ", out, re.MULTILINE) == ["attention"] * 2
+    assert "float32, small; medians" in out and "as time grows" not in out
+    with pytest.raises(ValueError, match="^shape: expected one of .*'retnet_1.3b'.* got 'large'"):
+        bench.main(arguments(operation="linear_attention", shape="large"))
 
 
 @pytest.mark.parametrize("name", ["linear_attention", "delta_rule"])
