@@ -26,7 +26,7 @@ from memseq.pallas_kernels import (
     selective_scan,
 )
 from memseq.pallas_kernels.common import context
-from memseq.pallas_kernels.common.segments import begins
+from memseq.pallas_kernels.common.segments import begins, numbered
 from memseq.pallas_kernels.mlstm.api import stabilized
 from memseq.partitioning import make_mesh
 
@@ -34,7 +34,7 @@ from memseq.partitioning import make_mesh
 ALONE = set(
     """
     softmax_attention sliding_window_attention forgetting_attention path_attention
-    differential_attention shared_attention mixture_of_memories bmojo
+    differential_attention shared_attention bmojo
     mem_mamba layered_mem_mamba factored_bilinear_rnn lmu slstm lstm gru lem
     wave_rnn elm_neuron echo_state reservoir_memory neural_memory
     titans_lmm titans_mac titans_mag titans_mal moneta yaad memora ttt_linear ttt_mlp omega_net
@@ -277,7 +277,13 @@ CASES = (
 )
 
 
-QUICK = ("causal_conv", "delta_rule, channels", "linear_attention, channels", "linear_scan")
+QUICK = (
+    "causal_conv",
+    "delta_rule, channels",
+    "linear_attention, channels",
+    "linear_scan",
+    "log_linear_attention",
+)
 
 
 @pytest.mark.parametrize(
@@ -322,6 +328,7 @@ def fixed_matrix(ids, x, start):
 
 PARTS = (
     lambda ids, x, start: (begins(ids)[..., None], jnp.zeros(1)),
+    lambda ids, x, start: (numbered(ids).index[..., None], jnp.zeros(1)),
     positions,
     softmax_so_far,
     stabilizer,
@@ -331,7 +338,7 @@ PARTS = (
 
 @pytest.mark.parametrize("part", PARTS, ids=range(len(PARTS)))
 def test_what_layers_carry_besides_operations(part):
-    """Positions, running sums of exponentials, stabilisers, powers of a matrix."""
+    """Segments, positions, running sums of exponentials, stabilisers, powers of a matrix."""
     rng = np.random.default_rng(0)
     ids = np.pad(IDS, ((0, 0), (0, 3)), constant_values=-1)
     spec = jax.sharding.PartitionSpec

@@ -29,7 +29,9 @@ def context_parallel(what: SequenceLayer | Callable, axis: str = "context") -> C
     short convolutions. Other mesh axes stay as they are: batch and heads may be split too.
 
     A stretch goes over the memory operation three times: for what it adds to an empty memory, for
-    what it does to a memory that it finds, and for its outputs.
+    what it does to a memory that it finds, and for its outputs. In a mixture of memories each
+    memory goes over all tokens, as pages of one memory cannot be split. What a layer sows (losses,
+    intermediates) is of one stretch and does not come out.
 
     Args:
         what: a layer that looks across time through linear-state operations alone, or such an

@@ -10,8 +10,9 @@ from flax.core import freeze
 
 from memseq.layers.common.base import SequenceLayer, enter, leave, no_segment, state_dataclass
 from memseq.layers.mixture.routing import pack
+from memseq.pallas_kernels.common import context
 from memseq.pallas_kernels.common.checks import check_choice, check_count
-from memseq.pallas_kernels.common.segments import Segments, segments
+from memseq.pallas_kernels.common.segments import Segments, numbered
 
 
 @state_dataclass
@@ -60,7 +61,8 @@ class MixtureOfMemories(SequenceLayer):
         balance_scale: factor on the balance loss; 0 is none.
         page_size: tokens of a page; changes speed only.
         dispatch: "pages", or "dense": every memory goes over all tokens, most of them as padding.
-            The same results for memories / top_k times the work; to check the other by.
+            The same results for memories / top_k times the work; to check the other by, and where
+            time is split over devices: see `context_parallel`.
     """
 
     base: str = "gated_delta_net"
@@ -170,7 +172,7 @@ class MixtureOfMemories(SequenceLayer):
         state = enter(state, fresh, segment_ids)
         segs = Segments(jnp.ones((batch, time), bool), jnp.zeros((batch, time), jnp.int32))
         if segment_ids is not None:
-            segs = segments(segment_ids)
+            segs = numbered(segment_ids)
 
         def mix(inputs, state, ids):
             return base.apply({"params": self.common}, inputs, state, ids, method="mix")
@@ -178,10 +180,12 @@ class MixtureOfMemories(SequenceLayer):
         weight, chosen = self._route(logits, segs.valid)
         # inside, a segment's id is its number in this call: 0 goes on from the state
         memories = state.memories.replace(segment=jnp.zeros((batch, self.memories), jnp.int32))
-        dispatch = {"pages": self._by_page, "dense": self._by_memory}[self.dispatch]
+        split = context.axis() is not None
+        dispatch = self._by_memory if split or self.dispatch == "dense" else self._by_page
         out, memories = dispatch(mix, own, memories, weight, chosen, segs)
         # a memory that the last segment has not reached holds nothing of it
-        reached = memories.segment == segs.index[:, -1:]
+        final = segs.index[:, -1:]
+        reached = memories.segment == (context.at_the_end(final) if split else final)
         memories = jax.tree.map(
             lambda a, b: jnp.where(reached.reshape(*reached.shape, *[1] * (a.ndim - 2)), a, b),
             memories,

@@ -98,6 +98,18 @@ def begins(segment_ids: jax.Array) -> jax.Array:
     return found
 
 
+def numbered(segment_ids: jax.Array) -> Segments:
+    """As `segments`, also where time is split over devices: the index then counts from the first.
+
+    For what tells segments apart by it, and not for an operation, whose stretch starts at 0.
+    """
+    if context.axis() is None:
+        return segments(segment_ids)
+    count = jnp.cumsum(begins(segment_ids), axis=1, dtype=jnp.int32)
+    before = context.carried_in(jnp.zeros_like(count[:, -1]), count[:, -1], jnp.add, None)
+    return Segments(segment_ids >= 0, before[:, None] + count)
+
+
 def hide_padding(x: jax.Array | None, valid: jax.Array) -> jax.Array | None:
     """x [batch, time, ...] with zeros at padding: zero keys, decays and queries change nothing."""
     if x is None:
