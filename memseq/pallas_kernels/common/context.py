@@ -188,7 +188,8 @@ def own_stretch(x: jax.Array, size: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axis()) * size, size, axis=1)
 
 
-def product(moved, state):
+def product(moved: jax.Array, state: jax.Array) -> jax.Array:
+    """What a map [..., n, n] makes of a state [..., n, columns], in float32 products."""
     return jnp.einsum("...ij,...jv->...iv", moved, state, precision=jax.lax.Precision.HIGHEST)
 
 
