@@ -1,5 +1,7 @@
 """The building blocks: triangular inverse, decays between positions, chunks, segments, checks."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memseq.pallas_kernels.common import checks, chunks, decay, precision, segments
+from memseq.pallas_kernels.common import checks, chunks, decay, precision, products, segments
 from memseq.pallas_kernels.common.triangular import unit_lower_inverse
 from tests.pallas_kernels.harness import assert_close, correlated_keys, hard_decay
 
@@ -56,6 +58,48 @@ def test_derivatives_of_the_inverse(size):
         np.testing.assert_array_equal(np.triu(found[1]), 0)
 
 
+PRODUCTS = [
+    (products.scores, "...id,...jd->...ij", (5, 3), (4, 3)),
+    (products.weighted, "...ij,...jd->...id", (5, 4), (4, 3)),
+    (products.outer_sum, "...id,...ie->...de", (5, 3), (5, 4)),
+]
+
+
+@pytest.mark.parametrize("product, equation, left, right", PRODUCTS)
+def test_products_and_their_derivatives(product, equation, left, right):
+    """Forward, backward and twice, beside those of einsum."""
+    rng = np.random.default_rng(0)
+    pairs = [(rng.normal(size=(2, 6, *left)), rng.normal(size=(2, 6, *right))) for _ in range(2)]
+
+    def derivatives(product):
+        def loss(pair):
+            return jnp.sin(product(*pair)).sum()
+
+        return jax.jit(
+            lambda pair, tangents: (
+                jax.jvp(product, pair, tangents),
+                jax.grad(loss)(pair),
+                jax.jvp(jax.grad(loss), (pair,), (tangents,))[1],
+                jax.vmap(product)(*pair),
+            )
+        )(*pairs)
+
+    with jax.enable_x64(True):
+        found = derivatives(lambda a, b: product(a, b, HIGHEST))
+        expected = derivatives(lambda a, b: jnp.einsum(equation, a, b, precision=HIGHEST))
+        assert_close(found, expected, 1e-12)
+
+
+@pytest.mark.parametrize("product, equation, left, right", PRODUCTS)
+def test_products_contract_the_last_axis_of_the_left_matrix(product, equation, left, right):
+    """As a CPU likes it, in the backward pass too: there alone a stack uses all of its cores."""
+    shapes = [jax.ShapeDtypeStruct((32, 8, 8), jnp.float32)] * 2
+    gradients = jax.grad(lambda a, b: jnp.sin(product(a, b, HIGHEST)).sum(), argnums=(0, 1))
+    lowered = jax.jit(gradients).lower(*shapes)
+    left_axes = re.findall(r"contracting_dims = \[(\d)\] x", lowered.as_text())
+    assert left_axes == ["2"] * 3
+
+
 def test_inverse_wants_a_power_of_two():
     with pytest.raises(ValueError, match="power of two as size, got 6"):
         unit_lower_inverse(jnp.ones((6, 6)))
@@ -74,6 +118,39 @@ def test_pair_sums(exclusive):
     for b, i, j in np.ndindex(sums.shape):
         expected = sum_between(g[b], i, j, exclusive) if j < i else 0
         np.testing.assert_allclose(sums[b, i, j], expected, rtol=1e-6, atol=0)
+
+
+def test_small_differences_of_large_sums():
+    """After sixty steps of -20 a small log decay counts as much as after none."""
+    small = -np.logspace(-6, 0, 4, dtype=np.float32)
+    g = np.concatenate([np.full(60, -20, np.float32), small])
+    sums = np.asarray(decay.pair_sums(jnp.asarray(g)))[60:, 60:]
+    np.testing.assert_array_equal(sums, np.asarray(decay.pair_sums(jnp.asarray(small))))
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+def test_derivatives_of_pair_sums(exclusive):
+    """Of a step count the pairs that straddle it: exactly nothing where those have no gradient."""
+    rng = np.random.default_rng(0)
+    g, tangent = hard_decay(rng, (2, 16)).astype(np.float32), rng.normal(size=(2, 16))
+    moved = [
+        [sum_between(t, i, j, exclusive) if j < i else 0 for i in range(16) for j in range(16)]
+        for t in tangent
+    ]
+    moved = np.reshape(moved, (2, 16, 16))
+    cotangents = np.where(np.arange(16) < 7, rng.normal(size=(2, 16, 16)), 0)
+    cotangents[:, 9:] = 0  # pairs from before 7 to before 9
+
+    def derivatives(g, tangent, cotangents):
+        forward = jax.jvp(lambda g: decay.pair_sums(g, exclusive), (g,), (tangent,))[1]
+        return forward, jax.vjp(lambda g: decay.pair_sums(g, exclusive), g)[1](cotangents)[0]
+
+    with jax.enable_x64(True):
+        found = jax.jit(derivatives)(g.astype(np.float64), tangent, cotangents)
+    forward, backward = map(np.asarray, found)
+    np.testing.assert_allclose(forward, moved, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose((backward * tangent).sum(), (cotangents * moved).sum(), rtol=1e-10)
+    np.testing.assert_array_equal(backward[:, 9:], 0)
 
 
 def test_sums_from_start_and_to_end():
@@ -124,6 +201,9 @@ def test_exponents_are_never_positive():
     for exclusive in (False, True):
         for _, later, earlier in jax.jit(lambda g, e=exclusive: list(decay.halves(g, e)))(g):
             np.testing.assert_array_less(np.concatenate([later, earlier]), 1e-30)
+        sums = jax.jit(decay.pair_sums, static_argnums=1)(g.T, exclusive)
+        np.testing.assert_array_less(sums, 1e-30)
+        assert np.isfinite(sums).all()
 
 
 def test_a_masked_exponent_has_no_gradient():

@@ -37,8 +37,8 @@ from tests.pallas_kernels.harness import (
 )
 
 BATCH, TIME, HEADS, DIM = 4, 40, 2, 4
-# "by chunk" is chunked as a CPU takes long calls
-FORMS = ("reference", "chunked", "by chunk", "mosaic_tpu")
+# "by stretch" is chunked as a CPU takes long calls
+FORMS = ("reference", "chunked", "by stretch", "mosaic_tpu")
 IDS = np.array([-1] * 2 + [0] * 9 + [1] * 3 + [-1] * 2 + [1] * 12 + [0] * 10 + [-1] * 2, np.int32)
 
 
@@ -205,7 +205,7 @@ OPERATIONS = {
     "selective_scan": (selective_scan, selective_scan_inputs, {"chunk_size": 8}),
     "causal_conv": (causal_conv, causal_conv_inputs, {"activation": "silu"}),
 }
-# these go by chunk on a CPU
+# these go by stretch on a CPU
 MATRIX = (
     "linear_attention",
     "delta_rule",
@@ -246,7 +246,7 @@ class Operation:
             return self.compiled(*arguments)
 
     def call(self, inputs, **options):
-        form, whole = (self.form, 2**30) if self.form != "by chunk" else ("chunked", 0)
+        form, whole = (self.form, 2**30) if self.form != "by stretch" else ("chunked", 0)
         with mock.patch.object(chunks, "WHOLE", whole):
             return self.function(**inputs, **self.options | options, implementation=form)
 
@@ -265,7 +265,7 @@ class Operation:
 
 
 def forms(name):
-    available = (*BENCH[name].forms.available, *(["by chunk"] if name in MATRIX else []))
+    available = (*BENCH[name].forms.available, *(["by stretch"] if name in MATRIX else []))
     return [form for form in FORMS if form in available]
 
 
@@ -417,8 +417,8 @@ def test_any_split_equals_one_call(name):
 
 
 @pytest.mark.parametrize("name", MATRIX)
-def test_long_calls_go_by_chunk_on_a_cpu_only(name):
-    operation = Operation(name, "by chunk")
+def test_long_calls_go_by_stretch_on_a_cpu_only(name):
+    operation = Operation(name, "by stretch")
     traced = jax.jit(operation.call).trace(operation.inputs)
     loops = {
         platform: traced.lower(lowering_platforms=(platform,)).as_text().count("stablehlo.while")
@@ -440,7 +440,7 @@ def test_chunk_size_changes_nothing(name):
 
 @pytest.mark.parametrize("name", QUICK)
 def test_transforms(name):
-    last = "by chunk" if name in MATRIX else "chunked"
+    last = "by stretch" if name in MATRIX else "chunked"
     operations = {form: Operation(name, form) for form in ("reference", last)}
     reference = operations["reference"]
 

@@ -10,6 +10,12 @@ import jax.numpy as jnp
 CHUNK = 64
 # Bytes of one array [batch, heads, time, ...] up to which a CPU's caches hold a whole call.
 WHOLE = 2**21
+# Matrix products in a stack from which on a CPU's cores all have work.
+STACK = 32
+# Chunks of a stretch up to which their states are taken without a loop.
+UNROLLED = 8
+# The name, for rematerialisation, of the states at the starts of chunks: few, and long to retake.
+STARTS = "chunk_starts"
 
 
 def chunk_length(chunk_size: int | None, time: int) -> int:
@@ -68,14 +74,15 @@ def chunk_masks(index: jax.Array | None, time: int, chunk: int) -> ChunkMasks:
     )
 
 
-def whole_or_by_chunk(
+def whole_or_by_stretch(
     form: Callable[..., Any], arrays: tuple, state: jax.Array, index: jax.Array | None, chunk: int
 ) -> Any:
-    """form(arrays, state, index) -> (out, state) of a whole call, or of one chunk after another.
+    """form(arrays, state, index) -> (out, state) of a whole call, or of one stretch after another.
 
     A form passes over its intermediates dozens of times. Where they do not fit a CPU's caches, a
-    chunk at a time is faster by more than it costs to take the chunk again in the backward pass.
-    Other devices, and short calls, want all the work at once.
+    few chunks at a time are faster by more than it costs to take them again in the backward pass
+    (all but what the form names `STARTS`). Other devices, and short calls, want all the work at
+    once.
 
     arrays: [batch, time, heads, ...] or None each, of which zeros write and decay nothing.
     index: the segment index int32 [batch, time] or None, counted from that of `state`.
@@ -84,12 +91,15 @@ def whole_or_by_chunk(
     widest = max(chunk, *(x.shape[3] for x in arrays if x is not None and x.ndim == 4))
     if batch * time * heads * widest * state.dtype.itemsize <= WHOLE:
         return form(arrays, state, index)
+    stretch = chunk * max(1, min(STACK // (batch * heads), -(-time // chunk)))
 
     def cut(x, **padding):
-        x = jnp.pad(x, [(0, 0), (0, -time % chunk)] + [(0, 0)] * (x.ndim - 2), **padding)
-        return jnp.moveaxis(x.reshape(batch, -1, chunk, *x.shape[2:]), 1, 0)
+        x = jnp.pad(x, [(0, 0), (0, -time % stretch)] + [(0, 0)] * (x.ndim - 2), **padding)
+        return jnp.moveaxis(x.reshape(batch, -1, stretch, *x.shape[2:]), 1, 0)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
+    kept = jax.checkpoint_policies.save_only_these_names(STARTS)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False, policy=kept)
     def step(carried, inputs):
         state, last = carried
         arrays, index = inputs
@@ -98,7 +108,7 @@ def whole_or_by_chunk(
         out, state = form(arrays, state, index)
         return (state, last), out
 
-    def by_chunk(arrays, state, index):
+    def by_stretch(arrays, state, index):
         last = None
         if index is not None:
             index = cut(index, mode="edge")
@@ -107,4 +117,4 @@ def whole_or_by_chunk(
         out = jnp.moveaxis(out, 0, 1)
         return out.reshape(batch, -1, *out.shape[3:])[:, :time], state
 
-    return jax.lax.platform_dependent(arrays, state, index, cpu=by_chunk, default=form)
+    return jax.lax.platform_dependent(arrays, state, index, cpu=by_stretch, default=form)

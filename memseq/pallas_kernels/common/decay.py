@@ -1,47 +1,71 @@
-"""Decay between two positions of a chunk, never as a quotient and never through a large sum.
+"""Decay between two positions of a chunk, never as a quotient and never through a rounded sum.
 
 A chunk needs exp(sum of log decays between j and i) for every pair j <= i. The difference of two
 cumulative sums loses that: after sixty steps of -20 a float32 sum is -1200 and its last digit is
-1e-4. Every exponent here is a sum of the log decays between the two positions alone, and is <= 0.
+1e-4. Every exponent here is as good as the sum of the log decays between the two positions alone,
+and is <= 0.
 
-Per head, the sums of all pairs are one matrix product with a constant 0/1 matrix. Per channel,
-a chunk is halved again and again: a pair that straddles the border between two halves decays from
-j to the border and from the border to i, two factors <= 1 that separate into key and query. The
-border is never in row i's future, so rounding cannot carry later decays into earlier rows.
+Per head, the sums are differences of cumulative sums that are cut in two, so that nothing is lost.
+Per channel, a chunk is halved again and again: a pair that straddles the border between two halves
+decays from j to the border and from the border to i, two factors <= 1 that separate into key and
+query. The border is never in row i's future, so rounding cannot carry later decays into earlier
+rows.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memseq.pallas_kernels.common.chunks import from_chunks, to_chunks
+from memseq.pallas_kernels.common.products import scores, weighted
 from memseq.pallas_kernels.common.triangular import assemble_halves, diagonal_blocks
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def pair_sums(log_decay: jax.Array, exclusive: bool) -> jax.Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def pair_sums(log_decay: jax.Array, exclusive: bool = False) -> jax.Array:
     """[..., chunk] -> [..., chunk, chunk]: entry i, j sums l in (j, i], or (j, i) if exclusive.
 
-    0 on and above the diagonal.
+    0 on and above the diagonal. Differences of cumulative sums, without what they would lose: each
+    log decay is cut into a multiple of a grid, of which sums and differences are exact, and a rest
+    below the grid, of which they are as good as exact. An error is of the size of 1e-8 (float32),
+    whatever the sums. A log decay below `least` makes every exponential 0, and is held there.
     """
+    chunk, dtype = log_decay.shape[-1], log_decay.dtype
+    least = -(2.0 ** int(-jnp.finfo(dtype).minexp).bit_length())
+    grid = -least * chunk * float(jnp.finfo(dtype).eps)  # a power of two
+    held = jnp.maximum(log_decay, least)
+    coarse = jnp.round(held / grid) * grid
+    to_here = np.tri(chunk, dtype=dtype)
+    sums = 0
+    for part in (coarse, held - coarse):
+        column = jnp.einsum("...l,jl->...j", part, to_here, precision=HIGHEST)
+        row = shifted(column, -1, 1) if exclusive else column
+        sums += row[..., :, None] - column[..., None, :]
+    return jnp.where(_below(chunk), sums, 0)
+
+
+@pair_sums.defjvp
+def _pair_sums_jvp(exclusive, primals, tangents):
+    """The sums of the tangent as a product: sum_l [l <= i] (tangent_l [j < l]), l < i if exclusive.
+
+    What the backward pass adds up are then the pairs that straddle a step and no others; row sums
+    less column sums would have to cancel the rest.
+    """
+    (log_decay,), (tangent,) = primals, tangents
     chunk = log_decay.shape[-1]
-    step, i, j = np.ogrid[:chunk, :chunk, :chunk]
-    between = (j < step) & ((step < i) if exclusive else (step <= i))
-    weights = between.reshape(chunk, chunk * chunk).astype(log_decay.dtype)
-    sums = jnp.einsum("...l,lp->...p", log_decay, weights, precision=HIGHEST)
-    return sums.reshape(*log_decay.shape, chunk)
+    taken = np.tri(chunk, k=-1 if exclusive else 0, dtype=tangent.dtype)
+    steps = jnp.where(_below(chunk), tangent[..., :, None], 0)
+    sums = jnp.einsum("il,...lj->...ij", taken, steps, precision=HIGHEST)
+    return pair_sums(log_decay, exclusive), jnp.where(_below(chunk), sums, 0)
 
 
-def pair_sums_by_time(log_decay: jax.Array, chunk: int, exclusive: bool = False) -> jax.Array:
-    """`pair_sums` of every chunk, [batch, time, heads] -> [batch, time, heads, chunk].
-
-    Taken before a call is cut into stretches: the 0/1 matrix is larger than a chunk's other
-    operands together, and is read once for all chunks.
-    """
-    return from_chunks(pair_sums(to_chunks(log_decay, chunk), exclusive), log_decay.shape[1])
+def _below(chunk: int) -> np.ndarray:
+    """bool [chunk, chunk], the row's step after the column's."""
+    return np.tri(chunk, k=-1, dtype=bool)
 
 
 def masked_exp(exponent: jax.Array, mask: jax.Array) -> jax.Array:
@@ -130,7 +154,7 @@ def decayed_products(
     for size, later, earlier in halves(log_decay, exclusive):
         row = _half(rows, size, 1) * jnp.exp(later)
         column = _half(columns, size, 0) * jnp.exp(earlier)
-        lower = jnp.einsum("...id,...jd->...ij", row, column, precision=precision)
+        lower = scores(row, column, precision)
         top, bottom = _quarters(products)
         products = assemble_halves(top, lower, bottom)
     return products[..., 0, :, :]
@@ -151,12 +175,8 @@ def decayed_sum(
     own = jnp.diagonal(weights, axis1=-2, axis2=-1)[..., None] * values
     out = own[..., None, :]
     for size, later, earlier in halves(log_decay, exclusive):
-        moved = jnp.einsum(
-            "...ij,...jv->...iv",
-            diagonal_blocks(weights, size),
-            _half(values, size, 0) * jnp.exp(earlier),
-            precision=precision,
-        )
+        earlier = _half(values, size, 0) * jnp.exp(earlier)
+        moved = weighted(diagonal_blocks(weights, size), earlier, precision)
         paired = out.reshape(*moved.shape[:-2], 2, *moved.shape[-2:])
         out = jnp.concatenate(
             [paired[..., 0, :, :], paired[..., 1, :, :] + jnp.exp(later) * moved], axis=-2

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from memseq.pallas_kernels.common.products import weighted
+
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -36,8 +38,7 @@ def _unit_lower_inverse_jvp(primals, tangents):
     (a,), (da,) = primals, tangents
     inverse = unit_lower_inverse(a)
     da = jnp.tril(da, -1)
-    product = jnp.einsum("...ij,...jk->...ik", inverse, da, precision=_HIGHEST)
-    return inverse, -jnp.einsum("...ij,...jk->...ik", product, inverse, precision=_HIGHEST)
+    return inverse, -weighted(weighted(inverse, da, _HIGHEST), inverse, _HIGHEST)
 
 
 def diagonal_blocks(a: jax.Array, size: int) -> jax.Array:

@@ -14,16 +14,20 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from memseq.pallas_kernels.common import decay
 from memseq.pallas_kernels.common.chunks import (
+    STARTS,
+    UNROLLED,
     chunk_length,
     chunk_masks,
     from_chunks,
     to_chunks,
-    whole_or_by_chunk,
+    whole_or_by_stretch,
 )
 from memseq.pallas_kernels.common.precision import products_precision
+from memseq.pallas_kernels.common.products import outer_sum, scores, weighted
 from memseq.pallas_kernels.common.triangular import unit_lower_inverse
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -46,17 +50,12 @@ def chunked(
     """See `delta_rule`; heads equal, padding zeroed, `index` the segment index or None."""
     chunk = chunk_length(chunk_size, query.shape[1])
     form = functools.partial(_form, scale=scale, erase=erase, chunk=chunk)
-    between = before = None
-    if log_decay is not None and log_decay.ndim == 3:
-        between = before = decay.pair_sums_by_time(log_decay, chunk)
-        if erase == "undecayed":
-            before = decay.pair_sums_by_time(log_decay, chunk, exclusive=True)
-    arrays = (query, key, value, beta, log_decay, erase_key, between, before)
-    return whole_or_by_chunk(form, arrays, initial_state, index, chunk)
+    arrays = (query, key, value, beta, log_decay, erase_key)
+    return whole_or_by_stretch(form, arrays, initial_state, index, chunk)
 
 
 def _form(arrays, initial_state, index, *, scale, erase, chunk):
-    query, key, value, beta, log_decay, erase_key, between, before = arrays
+    query, key, value, beta, log_decay, erase_key = arrays
     time, dtype = query.shape[1], initial_state.dtype
     precision = products_precision(query, key, value)
     masks = chunk_masks(index, time, chunk)
@@ -66,12 +65,15 @@ def _form(arrays, initial_state, index, *, scale, erase, chunk):
 
     q_start, e_start, k_end, carry = q, e, k, jnp.ones((1, 1, 1, 1, 1), dtype)
     if log_decay is None or log_decay.ndim == 3:
-        held = jnp.einsum("bhnik,bhnjk->bhnij", e, k, precision=precision)
-        read = jnp.einsum("bhnik,bhnjk->bhnij", q, k, precision=precision)
+        held = scores(e, k, precision)
+        read = scores(q, k, precision)
     if log_decay is not None and log_decay.ndim == 3:
         g = to_chunks(log_decay, chunk)
-        read *= decay.masked_exp(to_chunks(between, chunk), masks.pairs)
-        held *= decay.masked_exp(to_chunks(before, chunk), masks.pairs)
+        decays = decay.masked_exp(decay.pair_sums(g), masks.pairs)
+        read *= decays
+        if undecayed:
+            decays = decay.masked_exp(decay.pair_sums(g, exclusive=True), masks.pairs)
+        held *= decays
         q_start = q * jnp.exp(decay.sums_from_start(g, -1))[..., None]
         e_start = e * jnp.exp(decay.sums_from_start(g, -1, exclusive=undecayed))[..., None]
         k_end = k * jnp.exp(decay.sums_to_end(g, -1))[..., None]
@@ -98,16 +100,17 @@ def _form(arrays, initial_state, index, *, scale, erase, chunk):
 
     def step(state, inputs):
         solve, v, e_start, k_end, carry = inputs
+        state = checkpoint_name(state, STARTS)
         # float32 products: an error is a small difference of two large numbers
-        error = v - jnp.einsum("bhik,bhkv->bhiv", e_start, state, precision=HIGHEST)
-        written = jnp.einsum("bhij,bhjv->bhiv", solve, error, precision=HIGHEST)
-        added = jnp.einsum("bhik,bhiv->bhkv", k_end, written, precision=precision)
+        error = v - weighted(e_start, state, HIGHEST)
+        written = weighted(solve, error, HIGHEST)
+        added = outer_sum(k_end, written, precision)
         return carry * state + added, (state, written)
 
     chunks = q.shape[2]
     carry = jnp.broadcast_to(carry, (*carry.shape[:2], chunks, *carry.shape[3:]))
     by_chunk = (jnp.moveaxis(x, 2, 0) for x in (solve, v, e_start, k_end, carry))
-    state, (starts, written) = jax.lax.scan(step, initial_state, tuple(by_chunk))
-    out = jnp.einsum("bhnik,nbhkv->bhniv", q_start, starts, precision=precision)
-    out += jnp.einsum("bhnij,nbhjv->bhniv", read, written, precision=precision)
+    state, steps = jax.lax.scan(step, initial_state, tuple(by_chunk), unroll=chunks <= UNROLLED)
+    starts, written = (jnp.moveaxis(x, 0, 2) for x in steps)
+    out = weighted(q_start, starts, precision) + weighted(read, written, precision)
     return from_chunks(scale * out, time).astype(value.dtype), state

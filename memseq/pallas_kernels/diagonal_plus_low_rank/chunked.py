@@ -23,7 +23,7 @@ from memseq.pallas_kernels.common.chunks import (
     chunk_masks,
     from_chunks,
     to_chunks,
-    whole_or_by_chunk,
+    whole_or_by_stretch,
 )
 from memseq.pallas_kernels.common.precision import products_precision
 from memseq.pallas_kernels.common.triangular import unit_lower_inverse
@@ -41,7 +41,7 @@ def chunked(query, key, value, a, b, log_decay, initial_state, index, *, scale, 
     chunk = chunk_length(CHUNK if chunk_size is None else chunk_size, query.shape[1])
     form = functools.partial(_form, scale=scale, chunk=chunk)
     arrays = (query, key, value, a, b, log_decay)
-    return whole_or_by_chunk(form, arrays, initial_state, index, chunk)
+    return whole_or_by_stretch(form, arrays, initial_state, index, chunk)
 
 
 def _form(arrays, initial_state, index, *, scale, chunk):

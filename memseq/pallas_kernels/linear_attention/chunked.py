@@ -10,16 +10,20 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from memseq.pallas_kernels.common import decay
 from memseq.pallas_kernels.common.chunks import (
+    STARTS,
+    UNROLLED,
     chunk_length,
     chunk_masks,
     from_chunks,
     to_chunks,
-    whole_or_by_chunk,
+    whole_or_by_stretch,
 )
 from memseq.pallas_kernels.common.precision import products_precision
+from memseq.pallas_kernels.common.products import outer_sum, scores, weighted
 
 
 def chunked(
@@ -38,15 +42,12 @@ def chunked(
     """See `linear_attention`; heads equal, padding zeroed, `index` the segment index or None."""
     chunk = chunk_length(chunk_size, query.shape[1])
     form = functools.partial(_form, bonus=bonus, scale=scale, chunk=chunk)
-    between = None
-    if log_decay is not None and log_decay.ndim == 3:
-        between = decay.pair_sums_by_time(log_decay, chunk, exclusive=bonus is not None)
-    arrays = (query, key, value, log_decay, value_log_decay, between)
-    return whole_or_by_chunk(form, arrays, initial_state, index, chunk)
+    arrays = (query, key, value, log_decay, value_log_decay)
+    return whole_or_by_stretch(form, arrays, initial_state, index, chunk)
 
 
 def _form(arrays, initial_state, index, *, bonus, scale, chunk):
-    query, key, value, log_decay, value_log_decay, between = arrays
+    query, key, value, log_decay, value_log_decay = arrays
     time, dtype = query.shape[1], initial_state.dtype
     precision = products_precision(query, key, value)
     masks = chunk_masks(index, time, chunk)
@@ -55,11 +56,11 @@ def _form(arrays, initial_state, index, *, bonus, scale, chunk):
 
     q_start, k_end, carry = q, k, jnp.ones((1, 1, 1, 1, 1), dtype)
     if log_decay is None:
-        weights = jnp.einsum("bhnik,bhnjk->bhnij", q, k, precision=precision)
+        weights = scores(q, k, precision)
     elif log_decay.ndim == 3:
         g = to_chunks(log_decay, chunk)
-        weights = jnp.einsum("bhnik,bhnjk->bhnij", q, k, precision=precision)
-        weights *= decay.masked_exp(to_chunks(between, chunk), masks.pairs)
+        weights = scores(q, k, precision)
+        weights *= decay.masked_exp(decay.pair_sums(g, exclusive), masks.pairs)
         q_start = q * jnp.exp(decay.sums_from_start(g, -1, exclusive))[..., None]
         k_end = k * jnp.exp(decay.sums_to_end(g, -1))[..., None]
         carry = jnp.exp(g.sum(-1))[..., None, None]
@@ -75,12 +76,12 @@ def _form(arrays, initial_state, index, *, bonus, scale, chunk):
         own = jnp.einsum("bhnik,hk,bhnik->bhni", q, bonus, k, precision=precision)
         eye = jnp.eye(chunk, dtype=bool)
         weights = jnp.where(eye, own[..., None], weights)
-    if between is None:
+    if log_decay is None or log_decay.ndim == 4:
         weights = jnp.where(masks.pairs, weights, 0)
 
     v_end, out_start = v, None
     if value_log_decay is None:
-        out = jnp.einsum("bhnij,bhnjv->bhniv", weights, v, precision=precision)
+        out = weighted(weights, v, precision)
     else:
         gv = to_chunks(value_log_decay, chunk)
         out = decay.decayed_sum(weights, v, gv, exclusive=exclusive, precision=precision)
@@ -91,9 +92,9 @@ def _form(arrays, initial_state, index, *, bonus, scale, chunk):
     carry = jnp.where(masks.carried[..., None, None], carry, 0)
     k_end = jnp.where(masks.to_end[..., None], k_end, 0)
     q_start = jnp.where(masks.from_start[..., None], q_start, 0)
-    written = jnp.einsum("bhnjk,bhnjv->bhnkv", k_end, v_end, precision=precision)
+    written = outer_sum(k_end, v_end, precision)
     starts, state = scan_chunks(carry, written, initial_state)
-    past = jnp.einsum("bhnik,bhnkv->bhniv", q_start, starts, precision=precision)
+    past = weighted(q_start, starts, precision)
     out += past if out_start is None else out_start * past
     return from_chunks(scale * out, time).astype(value.dtype), state
 
@@ -107,11 +108,11 @@ def scan_chunks(carry: jax.Array, written: jax.Array, initial: jax.Array):
 
     def step(state, inputs):
         carry, written = inputs
+        state = checkpoint_name(state, STARTS)
         return carry * state + written, state
 
     chunks = written.shape[2]
     carry = jnp.broadcast_to(carry, (*carry.shape[:2], chunks, *carry.shape[3:]))
-    state, starts = jax.lax.scan(
-        step, initial, (jnp.moveaxis(carry, 2, 0), jnp.moveaxis(written, 2, 0))
-    )
+    by_chunk = jnp.moveaxis(carry, 2, 0), jnp.moveaxis(written, 2, 0)
+    state, starts = jax.lax.scan(step, initial, by_chunk, unroll=chunks <= UNROLLED)
     return jnp.moveaxis(starts, 0, 2), state

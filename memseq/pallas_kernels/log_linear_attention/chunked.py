@@ -24,7 +24,7 @@ from memseq.pallas_kernels.common.chunks import (
     chunk_masks,
     from_chunks,
     to_chunks,
-    whole_or_by_chunk,
+    whole_or_by_stretch,
 )
 from memseq.pallas_kernels.common.precision import products_precision
 from memseq.pallas_kernels.common.triangular import unit_lower_inverse
@@ -60,15 +60,14 @@ def chunked(
     before, after = (jnp.concatenate([x, last], axis=1) for x in (before, after))
     if index is not None:
         index = jnp.pad(index, ((0, 0), (0, -time % chunk)), mode="edge")
-    between = None if log_decay is None else decay.pair_sums_by_time(arrays[4], chunk)
     form = functools.partial(_form, scale=scale, chunk=chunk)
-    arrays = (*arrays, between, before, after)
-    out, state = whole_or_by_chunk(form, arrays, initial_state, index, chunk)
+    arrays = (*arrays, before, after)
+    out, state = whole_or_by_stretch(form, arrays, initial_state, index, chunk)
     return out[:, :time], state
 
 
 def _form(arrays, initial_state, index, *, scale, chunk):
-    query, key, value, weights, g, b, between, before, after = arrays
+    query, key, value, weights, g, b, before, after = arrays
     time, dtype, places = query.shape[1], initial_state.dtype, initial_state.shape[2]
     precision = products_precision(query, key, value)
     masks = chunk_masks(index, time, chunk)
@@ -78,10 +77,10 @@ def _form(arrays, initial_state, index, *, scale, chunk):
     start, end, carry = (jnp.ones((1, 1, 1, 1), dtype),) * 3
     decays = jnp.where(masks.pairs, jnp.ones((), dtype), 0)
     if g is not None:
-        g, between = to_chunks(g, chunk), to_chunks(between, chunk)
+        g = to_chunks(g, chunk)
         start, end = (jnp.exp(sums(g, -1)) for sums in (decay.sums_from_start, decay.sums_to_end))
         carry = jnp.exp(g.sum(-1, keepdims=True))
-        decays = decay.masked_exp(between, masks.pairs)
+        decays = decay.masked_exp(decay.pair_sums(g), masks.pairs)
     start = jnp.where(masks.from_start, start, 0)[..., None]
     end = jnp.where(masks.to_end, end, 0)[..., None]
     carry = jnp.where(masks.carried[..., None], carry, 0)[..., None, None]

@@ -29,7 +29,7 @@ from memseq.pallas_kernels.common.chunks import (
     chunk_masks,
     from_chunks,
     to_chunks,
-    whole_or_by_chunk,
+    whole_or_by_stretch,
 )
 from memseq.pallas_kernels.common.precision import products_precision
 from memseq.pallas_kernels.common.triangular import unit_lower_inverse
@@ -55,21 +55,19 @@ def chunked(
     """See `momentum_delta_rule`; heads equal, padding zeroed, `index` the segment index or None."""
     chunk = chunk_length(chunk_size, query.shape[1])
     form = functools.partial(_form, scale=scale, erase=erase, chunk=chunk)
-    between = (decay.pair_sums_by_time(x, chunk) for x in (log_momentum, log_decay))
-    arrays = (query, key, value, beta, step, log_momentum, log_decay, *between)
-    return whole_or_by_chunk(form, arrays, initial_state, index, chunk)
+    arrays = (query, key, value, beta, step, log_momentum, log_decay)
+    return whole_or_by_stretch(form, arrays, initial_state, index, chunk)
 
 
 def _form(arrays, initial_state, index, *, scale, erase, chunk):
-    query, key, value, beta, step, log_momentum, log_decay, *between = arrays
+    query, key, value, beta, step, log_momentum, log_decay = arrays
     time, dtype = query.shape[1], initial_state.dtype
     precision = products_precision(query, key, value)
     masks = chunk_masks(index, time, chunk)
     q, k, v, b, s = (to_chunks(x.astype(dtype), chunk) for x in (query, key, value, beta, step))
     m, g = (to_chunks(x, chunk) for x in (log_momentum, log_decay))
-    slowing, fading = (
-        decay.masked_exp(to_chunks(x, chunk), masks.pairs) for x in between
-    )  # of momentum and memory, [batch, heads, chunks, chunk, chunk]
+    # of momentum and memory, [batch, heads, chunks, chunk, chunk]
+    slowing, fading = (decay.masked_exp(decay.pair_sums(x), masks.pairs) for x in (m, g))
 
     def from_start(log_decay, exclusive=False):
         sums = decay.sums_from_start(log_decay, -1, exclusive=exclusive)
@@ -81,7 +79,7 @@ def _form(arrays, initial_state, index, *, scale, erase, chunk):
     share = jnp.einsum("bhnil,bhnlj->bhnij", spent, slowing, precision=HIGHEST)
     share_start = jnp.einsum("bhnil,bhnl->bhni", spent, momentum_start, precision=HIGHEST)
 
-    # the same of the memory at the chunk's end; of `between` the padded rows mean nothing
+    # the same of the memory at the chunk's end
     slowing_end, fading_end = (
         jnp.where(masks.to_end, jnp.exp(decay.sums_to_end(x, -1)), 0) for x in (m, g)
     )

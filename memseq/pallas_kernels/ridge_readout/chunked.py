@@ -21,7 +21,7 @@ from memseq.pallas_kernels.common.chunks import (
     chunk_masks,
     from_chunks,
     to_chunks,
-    whole_or_by_chunk,
+    whole_or_by_stretch,
 )
 from memseq.pallas_kernels.common.precision import products_precision
 from memseq.pallas_kernels.linear_attention.chunked import scan_chunks
@@ -46,13 +46,12 @@ def chunked(
     """See `ridge_readout` and `reference`; heads equal, padding zeroed."""
     chunk = chunk_length(chunk_size, query.shape[1])
     form = functools.partial(_form, ridge=ridge, scale=scale, iterations=iterations, chunk=chunk)
-    between = None if log_decay is None else decay.pair_sums_by_time(log_decay, chunk)
-    arrays = (query, key, value, beta, log_decay, between)
-    return whole_or_by_chunk(form, arrays, initial_state, index, chunk)
+    arrays = (query, key, value, beta, log_decay)
+    return whole_or_by_stretch(form, arrays, initial_state, index, chunk)
 
 
 def _form(arrays, initial_state, index, *, ridge, scale, iterations, chunk):
-    query, key, value, beta, log_decay, between = arrays
+    query, key, value, beta, log_decay = arrays
     time, key_dim, dtype = query.shape[1], query.shape[3], initial_state.dtype
     precision = products_precision(query, key, value)
     masks = chunk_masks(index, time, chunk)
@@ -63,7 +62,7 @@ def _form(arrays, initial_state, index, *, ridge, scale, iterations, chunk):
         carry = jnp.ones((1, 1, 1), dtype)
     else:
         g = to_chunks(log_decay, chunk)
-        weights = decay.masked_exp(to_chunks(between, chunk), masks.pairs)
+        weights = decay.masked_exp(decay.pair_sums(g), masks.pairs)
         start = jnp.exp(decay.sums_from_start(g, -1))
         end = b * jnp.exp(decay.sums_to_end(g, -1))
         carry = jnp.exp(g.sum(-1))
