@@ -178,6 +178,19 @@ def test_gate_of_a_head_is_the_same_gate_on_every_channel():
     assert_same(call(inputs | {"log_decay": rates}), call(inputs | {"log_decay": every}))
 
 
+def test_copies_of_copies():
+    """Two vmaps, as of seeds and learning rates: XLA for CPUs aborts on products of eight axes."""
+    inputs, _, rng = Case(32, batch=1).build()
+    copies = {k: rng.permuted(np.stack([[x] * 2] * 2), axis=-1) for k, x in inputs.items()}
+
+    def call(x):
+        return diagonal_plus_low_rank(**x, chunk_size=16, implementation="chunked")
+
+    found = jax.jit(jax.vmap(jax.vmap(call)))(copies)
+    one = jax.jit(call)({k: x[1, 0] for k, x in copies.items()})
+    assert_close(jax.tree.map(lambda x: x[1, 0], found), one, 1e-5)
+
+
 KERNEL_CASES = {
     "odd length, close keys, two grid steps": Case(150, cosine=0.9, batch=1),
     "hard decays, segments, grouped heads": Case(

@@ -49,15 +49,18 @@ def _form(arrays, initial_state, index, *, scale, chunk):
     precision = products_precision(*arrays[:5])
     masks = chunk_masks(index, time, chunk)
     q, k, v, a, b, g = (to_chunks(x.astype(dtype), chunk) for x in arrays)
-    columns = jnp.stack([b, k])
 
-    def pairs(rows, **kind):  # [2, batch, heads, chunks, chunk, chunk]: with b and with k
-        rows = jnp.broadcast_to(rows, columns.shape)
-        found = decay.decayed_products(rows, columns, g[None], **kind)
+    def pairs(rows, columns, **kind):  # [batch, heads, chunks, chunk, chunk]
+        # heads and chunks are one axis of the products: with a vmap or two they could have eight,
+        # at which XLA for CPUs aborts (jax 0.12)
+        arrays = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (rows, columns, g))
+        found = decay.decayed_products(*arrays, **kind).reshape(*g.shape[:3], chunk, chunk)
         return jnp.where(masks.pairs, found, 0)
 
-    held_b, held_k = pairs(a, exclusive=True, diagonal=False, precision=HIGHEST)
-    read_b, read_k = pairs(q, exclusive=False, diagonal=True, precision=precision)
+    held = {"exclusive": True, "diagonal": False, "precision": HIGHEST}
+    read = {"exclusive": False, "diagonal": True, "precision": precision}
+    held_b, held_k = (pairs(a, columns, **held) for columns in (b, k))
+    read_b, read_k = (pairs(q, columns, **read) for columns in (b, k))
     known = jnp.einsum("bhnij,bhnjv->bhniv", held_k, v, precision=HIGHEST)
     solve = unit_lower_inverse(-held_b)
 
