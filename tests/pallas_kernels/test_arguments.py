@@ -1,8 +1,8 @@
 """What every operation takes and returns: bad arguments, and the sizes at which models call it.
 
-An operation that is registered in `bench.OPERATIONS` inherits the checks of what it shares with
-others; `BAD` and `RETURNS` say the rest. Arguments are the example of the shape "odd", which every
-operation has: 3 rows of 97 steps, 6 heads, 2 of them for keys, keys of 24 and values of 20.
+An operation that is registered in `memseq.pallas_kernels.operations` inherits the checks of what it
+shares with others; `BAD` and `RETURNS` say the rest. Arguments are the example of the shape "odd",
+which every operation has: 3 rows of 97 steps, 6 heads and 2 for keys, keys of 24, values of 20.
 """
 
 import inspect
@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memseq.pallas_kernels.bench import OPERATIONS
 from memseq.pallas_kernels.common.dispatch import IMPLEMENTATIONS
 from memseq.pallas_kernels.log_linear_attention import LogLinearState
 from memseq.pallas_kernels.neural_memory import Loss
 from memseq.pallas_kernels.neural_memory.state import MemoryState
+from memseq.pallas_kernels.operations import OPERATIONS
 from memseq.pallas_kernels.ridge_readout import RidgeState
 
 
