@@ -62,9 +62,9 @@ class Task:
 
     A subclass is a frozen dataclass with `SUMMARY` (one line), `VARIANTS` (preset name -> field
     values; the first one is the default), `ROLES`, `META` (what each entry of `meta` but `role`
-    says), `vocab_size`, `length`, `chance`, `ceiling`, `details()` (its sizes in a line) and
-    `example(key)`, and may add `slices`. Its `__post_init__` checks the fields and then calls
-    `super().__post_init__()`.
+    says), `vocab_size`, `length`, `chance`, `details()` (its sizes in a line) and `example(key)`,
+    and may add `slices` and a `ceiling` below 1. Its `__post_init__` checks the fields and then
+    calls `super().__post_init__()`.
 
     `example(key)` gives a dict of
 
@@ -114,6 +114,11 @@ class Task:
         for option in options:
             check_name("option", option, fields)
         return cls(**{**cls.VARIANTS[variant], **options, "variant": variant})
+
+    @property
+    def ceiling(self) -> float:
+        """Accuracy of the ideal reader."""
+        return 1.0
 
     def example(self, key: jax.Array) -> Example:
         """One example, from a key of `jax.random.key`. Pure; may be traced and vmapped."""

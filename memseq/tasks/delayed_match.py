@@ -68,10 +68,6 @@ class DelayedMatch(base.Task):
     def chance(self) -> float:
         return 0.5
 
-    @property
-    def ceiling(self) -> float:
-        return 1.0
-
     def details(self) -> str:
         return f"{self.length} bits, each beside the one {self.window - 1} before it"
 

@@ -58,10 +58,6 @@ class InductionHeads(base.Task):
     def chance(self) -> float:
         return 1 / (self.vocab_size - 1)
 
-    @property
-    def ceiling(self) -> float:
-        return 1.0
-
     def details(self) -> str:
         return f"{self.length} tokens, the trigger once among them and once at the end"
 

@@ -146,10 +146,6 @@ class MQAR(base.Task):
         return 1.0 / self.mean_pairs
 
     @property
-    def ceiling(self) -> float:
-        return 1.0
-
-    @property
     def overwriting_accuracy(self) -> float:
         """Accuracy of a perfect memory that stores filler too; exact, see `recall`."""
         if self.noise != "random":

@@ -81,10 +81,6 @@ class Needle(base.Task):
     def chance(self) -> float:
         return 1.0 / self.needles
 
-    @property
-    def ceiling(self) -> float:
-        return 1.0
-
     def details(self) -> str:
         return f"{self.needles} pairs in {self.text} tokens of text, {self.filler_tokens} of filler"
 

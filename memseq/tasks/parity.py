@@ -109,10 +109,6 @@ class Parity(base.Task):
     def chance(self) -> float:
         return 0.5
 
-    @property
-    def ceiling(self) -> float:
-        return 1.0
-
     def details(self) -> str:
         bits = f"{self.fewest} to {self.length}" if self.fewest < self.length else f"{self.length}"
         where = "every position" if self.label == "every" else "the last position"

@@ -153,10 +153,6 @@ class Rewrite(base.Task):
         return 1.0 / self.pairs
 
     @property
-    def ceiling(self) -> float:
-        return 1.0
-
-    @property
     def overwriting_accuracy(self) -> float:
         """Accuracy of a perfect memory that stores filler too; exact, see `recall`."""
         if self.noise != "random":

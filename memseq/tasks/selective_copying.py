@@ -94,10 +94,6 @@ class SelectiveCopying(base.Task):
     def chance(self) -> float:
         return share_of_the_most_common(self.items, self.symbols)
 
-    @property
-    def ceiling(self) -> float:
-        return 1.0
-
     def details(self) -> str:
         return f"{self.items} tokens among {self.context} positions, then as many answers"
 

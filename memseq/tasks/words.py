@@ -92,10 +92,6 @@ class Words(base.Task):
     def chance(self) -> float:
         return 1 / math.factorial(self.items)
 
-    @property
-    def ceiling(self) -> float:
-        return 1.0
-
     def details(self) -> str:
         return f"words of {self.length} permutations of {self.items} things"
 
