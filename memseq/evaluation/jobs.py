@@ -20,6 +20,7 @@ from memseq import tasks
 from memseq.config import nearest, provenance
 from memseq.layers import REGISTRY
 from memseq.models.build import language_model
+from memseq.pallas_kernels.common.checks import check_count
 from memseq.training import sweep
 from memseq.training.copies import Settings
 from memseq.training.optimizers import decay_mask
@@ -45,8 +46,7 @@ def plan(config: ConfigDict, seeds: int, rows: Iterable[Mapping[str, Any]] = ())
     Raises:
       ValueError: a label that has no section, or a row made with other settings.
     """
-    if seeds < 1:
-        raise ValueError(f"seeds must be at least 1, got {seeds}")
+    check_count("seeds", seeds, 1)
     _check_labels("compare", config.compare, config.memories)
     _check_labels("on", config.on, config.tasks)
     done: dict[tuple[str, str], set[int]] = {}

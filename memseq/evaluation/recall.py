@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from memseq import config as configs
 from memseq.evaluation import capacity, console, jobs, report, verdict, workers
 from memseq.evaluation.results import Folder, dated
+from memseq.pallas_kernels.common.checks import check_count
 
 # `--out` of the command when none is given: runs go into folders of their own, by date and time.
 DEFAULT_OUT = "runs/recall"
@@ -28,8 +29,7 @@ def main(args) -> int:
       ValueError: the config, the seeds or the folder cannot be used.
       OSError: the folder cannot be written; finished rows are kept.
     """
-    if args.seeds < 1:
-        raise ValueError(f"seeds must be at least 1, got {args.seeds}")
+    check_count("seeds", args.seeds, 1)
     config = configs.load(args.config, args.overrides)
     for text in config.claims:
         verdict.parse_claim(text)

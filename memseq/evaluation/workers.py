@@ -20,6 +20,7 @@ import jax
 from memseq import config as configs
 from memseq.evaluation import jobs
 from memseq.evaluation.jobs import Job
+from memseq.pallas_kernels.common.checks import check_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +47,7 @@ def choose_count(wanted: int, jobs_left: int) -> int:
 
     `wanted` 0 is one for each core the process may use, or 1 with an accelerator.
     """
-    if wanted < 0:
-        raise ValueError(f"workers must not be negative, got {wanted}")
+    check_count("workers", wanted, 0)
     if wanted == 0:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         wanted = cores if jax.default_backend() == "cpu" else 1

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memseq.models.language_model import LanguageModel
+from memseq.pallas_kernels.common.checks import check_count
 
 
 def generate(
@@ -44,8 +45,7 @@ def generate(
     """
     if not prompts or any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("prompts: expected at least one prompt, each of at least one token")
-    if steps < 1:
-        raise ValueError(f"steps: expected a positive number of tokens, got {steps}")
+    check_count("steps", steps, 1)
     if not temperature >= 0:
         raise ValueError(f"temperature: expected a number >= 0, got {temperature}")
     if top_k is not None and not 1 <= top_k <= model.vocab_size:

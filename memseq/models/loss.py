@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from memseq.models.language_model import LanguageModel
+from memseq.pallas_kernels.common.checks import check_count
 
 
 def token_cross_entropy(
@@ -29,8 +30,7 @@ def token_cross_entropy(
         weights: float32 [batch, time].
         chunk: time steps taken together.
     """
-    if chunk < 1:
-        raise ValueError(f"chunk: expected a positive number of time steps, got {chunk}")
+    check_count("chunk", chunk, 1)
     batch, time = targets.shape
     chunk = min(chunk, max(time, 1))
     padding = -time % chunk

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import serialization
 
+from memseq.pallas_kernels.common.checks import check_count
+
 _MAGIC = b"memseq state 1\n"
 
 
@@ -17,8 +19,7 @@ def fork(state: Any, copies: int) -> Any:
 
     Leaves [layers, batch, ...] become [layers, batch * copies, ...]; copies of a row are adjacent.
     """
-    if copies < 1:
-        raise ValueError(f"copies: expected a positive number, got {copies}")
+    check_count("copies", copies, 1)
     return jax.tree.map(lambda x: jnp.repeat(x, copies, axis=1), state)
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from memseq.models.loss import auxiliary_loss
+from memseq.pallas_kernels.common.checks import check_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,16 +53,14 @@ class Settings:
         object.__setattr__(self, "learning_rates", rates)
         if not rates or not all(0 < rate < float("inf") for rate in rates):
             raise ValueError(
-                f"learning_rates must be one or more positive numbers, got {list(rates)}"
+                f"learning_rates: expected one or more positive numbers, got {list(rates)}"
             )
         examples = ("validation_examples", "test_examples")
         for name in ("steps", "batch", "steps_per_dispatch", *examples):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.warmup < 0:
-            raise ValueError(f"warmup must not be negative, got {self.warmup}")
-        if self.clip <= 0:
-            raise ValueError(f"clip must be positive, got {self.clip}")
+            check_count(name, getattr(self, name), 1)
+        check_count("warmup", self.warmup, 0)
+        if not self.clip > 0:
+            raise ValueError(f"clip: expected a positive number, got {self.clip}")
 
 
 @flax.struct.dataclass

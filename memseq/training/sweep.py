@@ -101,7 +101,7 @@ def run(
     """
     seeds = [int(seed) for seed in seeds]
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
-        raise ValueError(f"seeds must be one or more distinct non-negative integers, got {seeds}")
+        raise ValueError(f"seeds: expected distinct integers of at least 0, got {seeds}")
     wall, cpu = time.perf_counter(), time.process_time()
     trainer = Trainer(model, task, settings, decay_mask)
     seed_ids, zero = jnp.asarray(seeds, jnp.int32), jnp.int32(0)

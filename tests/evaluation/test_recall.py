@@ -141,14 +141,14 @@ def test_one_failing_memory_does_not_stop_the_others(tmp_path, monkeypatch, capf
 @pytest.mark.parametrize(
     ("overrides", "seeds", "said"),
     [
-        ((), 0, "seeds must be at least 1"),
+        ((), 0, "seeds: expected an integer of at least 1, got 0"),
         (("--config.compare=delta_nut,",), 1, "did you mean 'delta_net'"),
         (("--config.on=rewrite,rewrite",), 1, "names something twice"),
         (("--config.claims=delta wins,",), 1, "claim 'delta wins'"),
-        (("--config.training.steps=0", "--config.tasks.parity.training={}"), 1, "steps must be"),
+        (("--config.training.steps=0", "--config.tasks.parity.training={}"), 1, "steps: "),
         (("--config.tasks.parity.variant=tinny",), 1, "did you mean 'tiny'"),
         (("--config.tasks.parity.headline=33-46",), 1, "headline"),
-        (("--config.workers=-1",), 1, "workers must not be negative"),
+        (("--config.workers=-1",), 1, "workers: expected an integer of at least 0, got -1"),
         (("--config.capacity=tinny",), 1, "did you mean 'tiny'"),
     ],
 )
@@ -231,7 +231,7 @@ def test_count_of_workers():
     assert workers.choose_count(3, 2) == 2
     assert workers.choose_count(1, 5) == 1
     assert 1 <= workers.choose_count(0, 100) <= os.cpu_count()
-    with pytest.raises(ValueError, match="workers must not be negative"):
+    with pytest.raises(ValueError, match="workers: expected an integer of at least 0"):
         workers.choose_count(-1, 1)
 
 

@@ -134,5 +134,5 @@ def test_fork():
         assert many.shape == (2, 6, *one.shape[2:])
         for copy in range(6):
             np.testing.assert_array_equal(many[:, copy], one[:, copy // 3])
-    with pytest.raises(ValueError, match="copies: expected a positive number, got 0"):
+    with pytest.raises(ValueError, match="copies: expected an integer of at least 1, got 0"):
         fork(state, 0)
