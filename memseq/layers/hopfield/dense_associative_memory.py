@@ -11,7 +11,6 @@ from memseq.pallas_kernels import hopfield_retrieve
 from memseq.pallas_kernels.common.checks import check_array, check_choice, check_count
 
 KINDS = ("lse", "lse_euclidean", "lsr", "polynomial", "exponential")
-ON_SPHERE = ("polynomial", "exponential")
 FLOOR = 1e-12  # what an LSR energy has beside the kernels: it ends where no pattern is near
 
 
