@@ -195,6 +195,7 @@ SET_LAYERS = {
     "dense_associative_memory": DenseAssociativeMemory,
     "energy_transformer_block": EnergyTransformerBlock,
 }
+# Layers of single positions, y = layer(x), which a model can take beside its own "swiglu".
 CHANNEL_LAYERS: dict = {}
 # Layers that read another sequence or set: y, state = layer(x, memory[, state]).
 CROSS_LAYERS = {

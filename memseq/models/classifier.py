@@ -50,6 +50,10 @@ class SequenceClassifier(nn.Module):
             inputs: tokens int32 [batch, time], or floating [batch, time, channels].
             segment_ids: int32 [batch, time]; negative is padding, which changes nothing. One
                 sequence a row: other ids must all be equal.
+
+        Raises:
+            ValueError: for inputs of another shape or dtype, an unknown `pool`, and names and
+                options of layers that do not exist.
         """
         check_choice("pool", self.pool, ("mean", "last"))
         common = {"dtype": self.dtype, "param_dtype": self.param_dtype}

@@ -29,6 +29,7 @@ def generate(
     size does not change. A row's continuation does not depend on the other rows.
 
     Args:
+        model, params: a language model, and the variables of `model.init`.
         prompts: token ids, each prompt at least one token.
         steps: number of tokens to sample for each prompt.
         key: typed PRNG key.

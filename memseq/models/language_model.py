@@ -83,6 +83,10 @@ class LanguageModel(nn.Module):
         """tokens int32 [batch, time] to logits float32 [batch, time, vocab_size] and the state.
 
         `state` and `segment_ids` as in `SequenceLayer`.
+
+        Raises:
+            ValueError: for tokens that are not integers [batch, time], and for names and options of
+                layers that do not exist.
         """
         hidden, state = self.hidden(tokens, state, segment_ids)
         return self.logits(hidden), state
@@ -94,6 +98,9 @@ class LanguageModel(nn.Module):
             [batch, 1, features]. Layers at the top that only read what a layer below them shares
             then run at that step alone: a prompt need not pass through a cross-decoder (Sun et al.
             2024, arXiv:2405.05254, section 2.3).
+
+        Raises:
+            ValueError: as calling the model does.
         """
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(

@@ -29,6 +29,12 @@ def token_cross_entropy(
         targets: int32 [batch, time]; ignored where the weight is 0.
         weights: float32 [batch, time].
         chunk: time steps taken together.
+
+    Returns:
+        Two scalars: the nats float32 (float64 if hidden is), the weights in their own dtype.
+
+    Raises:
+        ValueError: for a chunk below 1.
     """
     check_count("chunk", chunk, 1)
     batch, time = targets.shape

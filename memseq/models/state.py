@@ -18,13 +18,20 @@ def fork(state: Any, copies: int) -> Any:
     """The state of a model with every row repeated: one prompt's memory for many continuations.
 
     Leaves [layers, batch, ...] become [layers, batch * copies, ...]; copies of a row are adjacent.
+
+    Raises:
+        ValueError: fewer than one copy.
     """
     check_count("copies", copies, 1)
     return jax.tree.map(lambda x: jnp.repeat(x, copies, axis=1), state)
 
 
 def save_state(path: str | os.PathLike, state: Any) -> None:
-    """Writes a state to a file, whole or not at all."""
+    """Writes a state to a file, whole or not at all.
+
+    Raises:
+        OSError: the file cannot be written; one that was there before is as it was.
+    """
     path = Path(path)
     content = {"layers": _layers(state), "state": serialization.to_state_dict(state)}
     body = serialization.msgpack_serialize(jax.device_get(content))
@@ -48,6 +55,7 @@ def restore_state(path: str | os.PathLike, like: Any) -> Any:
         like: a state of the same model, batch and context, such as `model.init_state(batch)`.
 
     Raises:
+        OSError: the file cannot be read.
         ValueError: the file is damaged, or holds a state of another shape.
     """
     content = Path(path).read_bytes()

@@ -43,6 +43,9 @@ def make_train_step(
       microbatches: the batch is taken in this many parts, one after another, and updated once.
       loss_chunk: positions whose logits are held at once.
       out_shardings: shardings of the state, or None to leave them to the compiler.
+
+    Raises:
+      ValueError: where the step is called, for a batch that `microbatches` does not divide.
     """
 
     def loss_of(params, batch, key):

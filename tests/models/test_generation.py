@@ -180,6 +180,7 @@ def test_parameters_that_are_not_finite():
         ({"prompts": [[1, VOCAB]]}, "prompts: expected token ids from 0 to 12, got 0 to 13"),
         ({"prompts": [[-2, 3]]}, "prompts: expected token ids from 0 to 12, got -2 to 3"),
         ({"steps": 0}, "steps: .* got 0"),
+        ({"steps": 2.5}, "steps: expected an integer of at least 1, got 2.5"),
         ({"temperature": -0.1}, r"temperature: expected a number >= 0, got -0\.1"),
         ({"temperature": float("nan")}, "temperature: .* got nan"),
         ({"top_k": 0}, r"top_k: expected 1 to 13 \(the vocabulary\), got 0"),

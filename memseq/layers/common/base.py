@@ -214,6 +214,7 @@ def leave(state: Any, segment_ids: jax.Array | None) -> jax.Array:
 
 
 def no_segment(batch: int) -> jax.Array:
+    """int32 [batch]: the `segment` of rows that have not had one."""
     return jnp.full((batch,), -1, jnp.int32)
 
 

@@ -51,6 +51,7 @@ class DeltaNet(MatrixLayer):
 
 
 def check_max_beta(max_beta: float) -> None:
+    """Raises ValueError unless 0 < max_beta <= 2: beyond 2 a step with a unit key grows."""
     if not 0 < max_beta <= 2:
         raise ValueError(f"max_beta: expected a write strength in (0, 2], got {max_beta}")
 

@@ -68,6 +68,7 @@ class GatedLinearAttention(MatrixLayer):
 
 
 def check_gate_normalizer(gate_normalizer: float) -> None:
+    """Raises ValueError unless gate_normalizer > 0."""
     if not gate_normalizer > 0:
         raise ValueError(f"gate_normalizer: expected a positive number, got {gate_normalizer}")
 

@@ -219,6 +219,7 @@ FIELDS = ("features", "state_dim", "blocks", "rate", "dt_min", "dt_max", "dtype"
 
 
 def fields_of(layer: nn.Module, names: tuple[str, ...]) -> dict[str, Any]:
+    """Values of these fields by name, for another module that has the same."""
     return {name: getattr(layer, name) for name in names}
 
 

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 
 
 class Shape(NamedTuple):
+    """`width`: taps of a channel."""
+
     batch: int
     time: int
     channels: int

@@ -23,6 +23,7 @@ def check_array(name: str, x: jax.Array, shape: tuple[int | None, ...], layout: 
 
 
 def check_floating(name: str, x: jax.Array) -> None:
+    """`x` must be an array of a floating-point dtype, of any shape."""
     if not hasattr(x, "dtype") or not hasattr(x, "shape"):
         raise ValueError(f"{name}: expected an array, got {type(x).__name__}")
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -32,6 +33,7 @@ def check_floating(name: str, x: jax.Array) -> None:
 def check_segment_ids(
     segment_ids: jax.Array | None, batch: int, time: int, name: str = "segment_ids"
 ) -> None:
+    """`segment_ids` must be integers [batch, time] that can be negative, or None."""
     if segment_ids is None:
         return
     if not hasattr(segment_ids, "dtype") or not jnp.issubdtype(
@@ -78,6 +80,7 @@ def check_pairs(query: jax.Array, key: jax.Array, value: jax.Array) -> PairSizes
 
 
 def check_chunk_size(chunk_size: int | None) -> None:
+    """`chunk_size` must be an integer of at least 1, or None."""
     check_count("chunk_size", chunk_size, 1, optional=True)
 
 

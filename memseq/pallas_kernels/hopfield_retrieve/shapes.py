@@ -7,6 +7,8 @@ import jax.numpy as jnp
 
 
 class Shape(NamedTuple):
+    """`queries` and `patterns` of a row; `steps`: softmaxes taken, the read included."""
+
     batch: int
     queries: int
     patterns: int

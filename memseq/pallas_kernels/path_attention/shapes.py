@@ -7,6 +7,8 @@ import jax.numpy as jnp
 
 
 class Shape(NamedTuple):
+    """`heads` of queries are a multiple of `key_heads`."""
+
     batch: int
     time: int
     key_heads: int

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 
 
 class Shape(NamedTuple):
+    """`state_dim` numbers a channel; `groups` of channels share B and C."""
+
     batch: int
     time: int
     channels: int
