@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from memseq.layers.state_space.hydra import Hydra
+from memseq.layers.state_space.s5 import BidirectionalS5
 from tests.layers.harness import (
     FEATURES,
     TIME,
@@ -99,3 +100,12 @@ def test_starts_and_defaults():
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         count(Hydra(FEATURES, **options))
+
+
+@pytest.mark.parametrize("kind", [Hydra, BidirectionalS5])
+def test_one_mask_for_all_rows(kind):
+    layer = kind(FEATURES)
+    x = inputs()
+    params = jax.jit(layer.init)(jax.random.key(0), x)
+    run = jax.jit(lambda mask: layer.apply(params, x, mask))
+    np.testing.assert_array_equal(run(MASK[:1]), run(np.repeat(MASK[:1], len(x), axis=0)))

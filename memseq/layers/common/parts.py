@@ -198,3 +198,19 @@ def split_heads(x: jax.Array, heads: int) -> jax.Array:
 def merge_heads(x: jax.Array) -> jax.Array:
     """[batch, time, heads, dim] -> [batch, time, heads * dim]."""
     return x.reshape(*x.shape[:-2], -1)
+
+
+def hidden(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """x [batch, n, ...] with 0 where mask is False: bool [batch, n], or 1 for either; None hides
+    nothing.
+    """
+    if mask is None:
+        return x
+    if (
+        getattr(mask, "ndim", 0) != 2
+        or mask.dtype != jnp.bool_
+        or any(got not in (1, want) for got, want in zip(mask.shape, x.shape, strict=False))
+    ):
+        came = f"{getattr(mask, 'dtype', '')} {list(getattr(mask, 'shape', []))}"
+        raise ValueError(f"mask: expected bool [batch, n] = {list(x.shape[:2])}, got {came}")
+    return jnp.where(mask[..., None], x, 0)

@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from memseq.layers.hopfield.hopfield import Hopfield, HopfieldState, hidden
+from memseq.layers.common.parts import hidden
+from memseq.layers.hopfield.hopfield import Hopfield, HopfieldState
 
 
 class Channel(nn.Module):
@@ -77,7 +78,7 @@ class HopfieldEncoderBlock(HopfieldBlock):
     ) -> jax.Array:
         """y [batch, n, features] of x [batch, n, features], mask bool [batch, n]."""
         y = self.channel(associate(self, x, mask, deterministic))
-        return y if mask is None else hidden(y, mask)
+        return hidden(y, mask)
 
 
 class HopfieldDecoderBlock(HopfieldBlock):
@@ -129,11 +130,11 @@ class HopfieldDecoderBlock(HopfieldBlock):
         if memory is not None:
             state = self.recall.store(memory, None, memory_mask)
         y = self.channel(x + self.recall.read(x, state, deterministic))
-        return y if mask is None else hidden(y, mask), state
+        return hidden(y, mask), state
 
 
 def associate(block, x, mask, deterministic):
     """x + association(x), with masked members 0, in the block's dtype."""
     y = block.association(x, mask, deterministic=deterministic)
-    x = x if mask is None else hidden(x, mask)
+    x = hidden(x, mask)
     return x.astype(y.dtype) + y

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from memseq.layers.hopfield.hopfield import hidden
+from memseq.layers.common.parts import hidden
 from memseq.pallas_kernels import hopfield_retrieve
 from memseq.pallas_kernels.common.checks import check_array, check_choice, check_count
 
@@ -78,9 +78,9 @@ class DenseAssociativeMemory(nn.Module):
     ) -> jax.Array:
         """`retrieve` of x [batch, n, features]; where mask bool [batch, n] is False, 0."""
         self._check(x)
-        x = x if mask is None else hidden(x, mask)
+        x = hidden(x, mask)
         y = self.retrieve(x, stored)
-        return y if mask is None else hidden(y, mask)
+        return hidden(y, mask)
 
     def retrieve(
         self, x: jax.Array, stored: jax.Array | None = None, steps: int | None = None

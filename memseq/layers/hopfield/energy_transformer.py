@@ -6,8 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from memseq.layers.common.parts import split_heads
-from memseq.layers.hopfield.hopfield import hidden
+from memseq.layers.common.parts import hidden, split_heads
 from memseq.pallas_kernels import hopfield_retrieve
 from memseq.pallas_kernels.common.checks import check_array, check_count
 from memseq.pallas_kernels.common.precision import products_precision
@@ -105,7 +104,7 @@ class EnergyTransformerBlock(nn.Module):
             [batch, steps + 1, n, features] at the same times).
         """
         check_array("x", x, (None, None, self.features), "[batch, n, features]")
-        x = x if mask is None else hidden(x, mask)
+        x = hidden(x, mask)
         dtype = x.dtype if self.dtype is None else self.dtype
         kernels = self.query(), self.key(), self.memory()
 
@@ -113,14 +112,14 @@ class EnergyTransformerBlock(nn.Module):
             g = self.normalize(x)
             energy, pull = jax.vjp(lambda g: self.energy(g, mask, kernels), g)
             slope = pull(jnp.ones_like(energy))[0]
-            slope = slope if mask is None else hidden(slope, mask)
+            slope = hidden(slope, mask)
             return (x - self.step_size * slope).astype(dtype), (energy, x)
 
         y, (energies, tokens) = jax.lax.scan(step, x.astype(dtype), None, length=self.steps)
         last = self.energy(self.normalize(y), mask, kernels)
         energies = jnp.concatenate([energies, last[None]]).T
         tokens = jnp.moveaxis(jnp.concatenate([tokens, y[None]]), 0, 1)
-        return (y if mask is None else hidden(y, mask)), energies, tokens
+        return hidden(y, mask), energies, tokens
 
     def normalize(self, x: jax.Array) -> jax.Array:
         """g of tokens x, in float32 at least."""

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from memseq.layers.common.base import state_dataclass
-from memseq.layers.common.parts import merge_heads, split_heads
+from memseq.layers.common.parts import hidden, merge_heads, split_heads
 from memseq.pallas_kernels import hopfield_retrieve
 from memseq.pallas_kernels.common.checks import check_array, check_choice, check_count
 
@@ -188,11 +188,11 @@ class Hopfield(nn.Module):
             y [batch, n, features].
         """
         self._check(x)
-        if stored is None and mask is not None:
+        if stored is None:
             x = hidden(x, mask)
         state = self.store(x if stored is None else stored, values, mask)
         y = self.read(x, state, deterministic)
-        return y if stored is not None or mask is None else hidden(y, mask)
+        return y if stored is not None else hidden(y, mask)
 
     def store(
         self, stored: jax.Array, values: jax.Array | None = None, mask: jax.Array | None = None
@@ -318,15 +318,3 @@ class Hopfield(nn.Module):
     @nn.nowrap
     def _dense(self, features, use_bias):
         return nn.Dense(features, use_bias=use_bias, dtype=self.dtype, param_dtype=self.param_dtype)
-
-
-def hidden(x, mask):
-    """x [batch, n, ...] with 0 where mask [batch, n] (or [batch, 1]) is False."""
-    if (
-        getattr(mask, "ndim", 0) != 2
-        or mask.dtype != jnp.bool_
-        or any(got not in (1, want) for got, want in zip(mask.shape, x.shape, strict=False))
-    ):
-        came = f"{getattr(mask, 'dtype', '')} {list(getattr(mask, 'shape', []))}"
-        raise ValueError(f"mask: expected bool [batch, n] = {list(x.shape[:2])}, got {came}")
-    return jnp.where(mask[..., None], x, 0)

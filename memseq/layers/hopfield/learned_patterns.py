@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from memseq.layers.hopfield.hopfield import Hopfield, hidden
+from memseq.layers.common.parts import hidden
+from memseq.layers.hopfield.hopfield import Hopfield
 from memseq.pallas_kernels.common.checks import check_count
 
 
@@ -67,11 +68,11 @@ class HopfieldLookup(Hopfield):
     def __call__(self, x, mask=None, *, deterministic: bool = True):
         """y [batch, n, features] of x [batch, n, features], mask bool [batch, n]."""
         self._check(x)
-        x = x if mask is None else hidden(x, mask)
+        x = hidden(x, mask)
         dtype = x.dtype if self.dtype is None else self.dtype
         values = self.table_values[None].astype(dtype) if self.separate_values else None
         y = self.read(x, self.store(self.table[None].astype(dtype), values), deterministic)
-        return y if mask is None else hidden(y, mask)
+        return hidden(y, mask)
 
 
 def _patterns(layer, name, count):

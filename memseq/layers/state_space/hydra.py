@@ -11,9 +11,11 @@ from memseq.layers.common.parts import (
     RMSNorm,
     ShortConv,
     conv_tail,
+    hidden,
     merge_heads,
     split_heads,
 )
+from memseq.layers.state_space.mamba2 import inner_and_heads
 from memseq.pallas_kernels import linear_attention
 from memseq.pallas_kernels.common.checks import check_array, check_choice, check_count
 from memseq.pallas_kernels.common.dispatch import IMPLEMENTATIONS
@@ -70,16 +72,13 @@ class Hydra(nn.Module):
         check_array("x", x, (None, None, self.features), "[batch, n, features]")
         if mask is None:
             return self._mix(x, jnp.ones(x.shape[:2], bool))
-        if mask.shape != x.shape[:2] or mask.dtype != bool:
-            raise ValueError(
-                f"mask: expected bool [batch, n] = {list(x.shape[:2])}, "
-                f"got {mask.dtype} {list(mask.shape)}"
-            )
+        x = hidden(x, mask)
+        mask = jnp.broadcast_to(mask, x.shape[:2])
         order = jnp.argsort(~mask, axis=1, stable=True)  # those that take part to the front
         place = jnp.argsort(order, axis=1)
-        together = jnp.take_along_axis(jnp.where(mask[..., None], x, 0), order[..., None], axis=1)
+        together = jnp.take_along_axis(x, order[..., None], axis=1)
         y = self._mix(together, jnp.take_along_axis(mask, order, axis=1))
-        return jnp.where(mask[..., None], jnp.take_along_axis(y, place[..., None], axis=1), 0)
+        return hidden(jnp.take_along_axis(y, place[..., None], axis=1), mask)
 
     def _mix(self, x: jax.Array, valid: jax.Array) -> jax.Array:
         """y as x, whose rows are 0 from where `valid` ends on."""
@@ -140,21 +139,8 @@ class Hydra(nn.Module):
     @nn.nowrap
     def _dims(self) -> tuple[int, int]:
         """(inner channels, heads)."""
-        for name in ("expand", "state_dim", "groups", "conv_width"):
-            check_count(name, getattr(self, name), 1)
+        check_count("conv_width", self.conv_width, 1)
         check_choice("implementation", self.implementation, IMPLEMENTATIONS)
         if self.conv_width % 2 == 0:
             raise ValueError(f"conv_width: expected an odd number, got {self.conv_width}")
-        inner = self.expand * self.features
-        heads = self.heads
-        if heads is None:
-            heads = inner // 64 if inner % 64 == 0 else 4
-        if heads < 1 or inner % heads:
-            raise ValueError(
-                f"heads: expand * features = {inner} must be a multiple of it, got {heads}"
-            )
-        if heads % self.groups:
-            raise ValueError(
-                f"groups: heads {heads} must be a multiple of it, got groups {self.groups}"
-            )
-        return inner, heads
+        return inner_and_heads(self)

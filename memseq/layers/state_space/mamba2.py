@@ -87,20 +87,7 @@ class Mamba2(SequenceLayer):
     @nn.nowrap
     def _dims(self) -> tuple[int, int, int]:
         """(inner channels, heads, channels per head)."""
-        for name in ("expand", "state_dim", "groups"):
-            check_count(name, getattr(self, name), 1)
-        inner = self.expand * self.features
-        heads = self.heads
-        if heads is None:
-            heads = inner // 64 if inner % 64 == 0 else 4
-        if heads < 1 or inner % heads:
-            raise ValueError(
-                f"heads: expand * features = {inner} must be a multiple of it, got {heads}"
-            )
-        if heads % self.groups:
-            raise ValueError(
-                f"groups: heads {heads} must be a multiple of it, got groups {self.groups}"
-            )
+        inner, heads = inner_and_heads(self)
         return inner, heads, inner // heads
 
     @nn.nowrap
@@ -153,3 +140,21 @@ class Mamba2(SequenceLayer):
 
     def finish(self, x: jax.Array, out: jax.Array) -> jax.Array:
         return self.output(self.norm(merge_heads(out) * nn.silu(self.gate(x))))
+
+
+def inner_and_heads(layer: nn.Module) -> tuple[int, int]:
+    """Inner channels and heads of a layer with the sizes of `Mamba2`, which are checked."""
+    for name in ("expand", "state_dim", "groups"):
+        check_count(name, getattr(layer, name), 1)
+    inner, heads = layer.expand * layer.features, layer.heads
+    if heads is None:
+        heads = inner // 64 if inner % 64 == 0 else 4
+    if heads < 1 or inner % heads:
+        raise ValueError(
+            f"heads: expand * features = {inner} must be a multiple of it, got {heads}"
+        )
+    if heads % layer.groups:
+        raise ValueError(
+            f"groups: heads {heads} must be a multiple of it, got groups {layer.groups}"
+        )
+    return inner, heads

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memseq.layers.common.base import enter, state_dataclass
-from memseq.layers.common.parts import widen
+from memseq.layers.common.parts import hidden, widen
 from memseq.layers.common.vector import VectorState
 from memseq.layers.state_space import hippo
 from memseq.layers.state_space.block import StateSpaceLayer
@@ -257,14 +257,10 @@ class BidirectionalS5(nn.Module):
         """
         check_array("x", x, (None, None, self.features), "[batch, n, features]")
         ids = None
+        x = hidden(x, mask)
         if mask is not None:
-            if mask.shape != x.shape[:2] or mask.dtype != bool:
-                raise ValueError(
-                    f"mask: expected bool [batch, n] = {list(x.shape[:2])}, "
-                    f"got {mask.dtype} {list(mask.shape)}"
-                )
-            ids, x = jnp.where(mask, 0, -1), jnp.where(mask[..., None], x, 0)
+            ids = jnp.broadcast_to(jnp.where(mask, 0, -1), x.shape[:2])
         own = ("glu", "implementation", "chunk_size")
         layer = S5(**fields_of(self, (*FIELDS, *own)), name="s5")
         out = layer.in_both_directions(x, ids)
-        return out if mask is None else jnp.where(mask[..., None], out, 0)
+        return hidden(out, mask)
