@@ -87,7 +87,9 @@ def test_16_bit_inputs():
 
 KERNEL_CASES = {
     "close keys, a step more than a chunk": Case(65, None, 0.9, scale=1.0),
-    "decay of a head, grouped heads, erase key": Case(64, "head", heads=4, erase_key=True),
+    "decay of a head, a key for three heads": Case(
+        64, "head", key_heads=1, heads=3, erase_key=True
+    ),
     "hard gates of heads, segments": Case(97, "step", 0.9, longest=40, batch=3, chunk_size=32),
     "hard gates of channels, short segments, undecayed": Case(
         63, "channel", erase_key=True, erase="undecayed", longest=3, batch=3, chunk_size=16

@@ -1,13 +1,14 @@
 """TPU kernels of `delta_rule`.
 
-The chunk's function is that of the `chunked` form with the memory kept transposed,
-[value_dim, key_dim]. `common.mosaic_tpu.recurrence` makes the forward and the backward kernel.
+The chunk's function is that of the `chunked` form, with the matrices of a chunk side by side
+(`common.mosaic_tpu.squares`). `common.mosaic_tpu.recurrence` makes the forward and the backward
+kernel of it.
 """
 
 import functools
 
 from memseq.pallas_kernels.common.dispatch import KernelForm
-from memseq.pallas_kernels.common.mosaic_tpu import blocks, recurrence
+from memseq.pallas_kernels.common.mosaic_tpu import blocks, recurrence, squares
 from memseq.pallas_kernels.common.mosaic_tpu import heads as heads_of
 
 NAME = "delta_rule"
@@ -34,24 +35,27 @@ MOSAIC_TPU = KernelForm(forward, backward, limit)
 
 def _call(arrays, scale, erase, chunk_size) -> heads_of.Call:
     query, key, value, _, log_decay, erase_key, *_ = arrays
-    plan = heads_of.plan(query, value, chunk_size, CHUNK)
     decay = None if log_decay is None else "channel" if log_decay.ndim == 4 else "head"
+    passes = heads_of.passes(query, key, value)
+    # sixteen where the program stays small
+    at_once = 8 if passes == 6 or decay == "channel" else 16
+    plan = heads_of.plan(query, value, chunk_size, CHUNK, at_once)
     undecayed = erase == "undecayed"
     step = functools.partial(
         _step,
         scale=scale,
-        passes=heads_of.passes(query, key, value),
+        passes=passes,
         decay=decay,
         undecayed=undecayed,
         erases=erase_key is not None,
     )
     make = functools.partial(_operands, plan=plan, undecayed=undecayed)
-    return heads_of.Call(NAME, step, make, plan, value)
+    return heads_of.Call(NAME, step, make, plan, value, turned=False)
 
 
 def _operands(arrays, *, plan, undecayed) -> recurrence.Operands:
     query, key, value, beta, log_decay, erase_key, state, index = arrays
-    rows, fixed = [heads_of.to_rows(beta, plan)], []
+    rows, fixed = [squares.rows(heads_of.to_rows(beta, plan))], []
     shared = heads_of.shared(index, plan)
     steps = [query, key, value]
     if erase_key is not None:
@@ -62,13 +66,13 @@ def _operands(arrays, *, plan, undecayed) -> recurrence.Operands:
         by_chunk = heads_of.to_rows(log_decay, plan)
         for exclusive in (False, True) if undecayed else (False,):
             coarse, fine = blocks.split_sums(by_chunk, shared, exclusive)
-            rows.append(fine)
-            fixed.append(coarse)
+            rows.append(squares.rows(fine))
+            fixed.append(squares.rows(coarse))
     return recurrence.Operands(
         tuple(heads_of.to_sequences(x, plan) for x in steps),
         tuple(rows),
         (),
-        heads_of.to_state(state),
+        heads_of.to_state(state, turned=False),
         tuple(fixed),
         shared,
     )
@@ -77,22 +81,23 @@ def _operands(arrays, *, plan, undecayed) -> recurrence.Operands:
 def _step(chunk: recurrence.Chunk, state, *, scale, passes, decay, undecayed, erases):
     query, key, value, *others = chunk.steps
     erase = others[0] if erases else key
-    size = query.shape[1]
-    masks = blocks.masks(chunk.shared, size)
-    i, j = blocks.positions(size)
+    heads, size, _ = query.shape
+    beta = chunk.rows[0]
+    side = beta.shape[1] // size
+    masks = blocks.masks(chunk.shared, size, side)
+    i, j = squares.positions(size, side)
     exact = max(passes, 3)  # an error is a small difference of two large numbers
     q_start, e_start, k_end, carry = query, erase, key, 1.0
     if decay == "channel":
         found = blocks.channel_decay(others[-1], False, undecayed)
-        levels = zip(*found.levels, strict=True)
-        read, held = levels if found.levels else ((), ())
-        read = blocks.decayed_products(passes, query, key, read, diagonal=True)
-        held = blocks.decayed_products(exact, erase, key, held, diagonal=False)
+        read, held = blocks.decayed_products(
+            (passes, exact), (query, erase), key, found.levels, (True, False), side
+        )
         q_start, e_start = query * found.read_start, erase * found.held_start
-        k_end, carry = key * found.to_end, found.total
+        k_end = key * found.to_end
+        (carry,) = blocks.columns(found.total[:, 0])
     else:
-        read = blocks.product("nt", passes, query, key)
-        held = blocks.product("nt", passes, erase, key)
+        read, held = blocks.scores((passes, exact), (query, erase), key, side)
     if decay == "head":
         sums = list(zip(chunk.fixed, chunk.rows[1:], strict=True))
         found = blocks.head_decay(sums[0], sums[0], masks.pairs, chunk.shared)
@@ -107,12 +112,11 @@ def _step(chunk: recurrence.Chunk, state, *, scale, passes, decay, undecayed, er
     q_start, e_start = (blocks.keep(masks.from_start, x) for x in (q_start, e_start))
     k_end = blocks.keep(masks.to_end, k_end)
 
-    beta = chunk.rows[0]
-    (by_row,) = blocks.columns(beta)
-    solve = blocks.unit_lower_inverse(exact, by_row * held) * beta[:, None]
-    error = value - blocks.product("nt", exact, e_start, state)
-    written = blocks.product("nn", exact, solve, error)
-    out = blocks.product("nn", passes, read, written)
-    out += blocks.product("nt", passes, q_start, state)
-    state = blocks.keep(masks.carried, carry * state) + blocks.product("tn", passes, written, k_end)
+    (beta,) = blocks.columns(beta)
+    solve = blocks.unit_lower_inverse(exact, squares.across(beta, side) * held)
+    past, known = blocks.products("nn", (passes, exact), (q_start, e_start), state)
+    error = value - known
+    written = blocks.weighted(exact, solve, beta.reshape(heads, size, 1) * error, side)
+    out = blocks.weighted(passes, read, written, side) + past
+    state = blocks.keep(masks.carried, carry * state) + blocks.product("tn", passes, k_end, written)
     return (scale * out,), state

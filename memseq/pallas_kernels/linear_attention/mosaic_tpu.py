@@ -86,8 +86,8 @@ def _step(chunk: recurrence.Chunk, state, *, scale, passes, decay, value_decay, 
     q_start, k_end, carry = query, key, 1.0
     if decay == "channel":
         found = blocks.channel_decay(gates[0], exclusive, exclusive)
-        weights = blocks.decayed_products(
-            passes, query, key, [read for read, _ in found.levels], diagonal=not exclusive
+        (weights,) = blocks.decayed_products(
+            (passes,), (query,), key, [(read,) for read, _ in found.levels], (not exclusive,)
         )
         weights = blocks.keep(masks.pairs, weights)
         q_start, k_end, carry = query * found.read_start, key * found.to_end, found.total

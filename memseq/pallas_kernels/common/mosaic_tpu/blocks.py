@@ -5,11 +5,16 @@ and differentiates into such.
 """
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
+
+from memseq.pallas_kernels.common.mosaic_tpu import squares
+from memseq.pallas_kernels.common.mosaic_tpu.hardware import LANES, SUBLANES
+from memseq.pallas_kernels.common.mosaic_tpu.squares import positions, straddles
 
 FLOAT32 = jnp.float32
 BFLOAT16 = jnp.bfloat16
@@ -37,21 +42,78 @@ def product(kind: str, passes: int, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _product(kind, passes, a, b):
-    dot = functools.partial(
-        jax.lax.dot_general,
-        dimension_numbers=(_CONTRACT[kind], ((0,), (0,))),
-        preferred_element_type=FLOAT32,
-    )
     if passes == 6:
-        return dot(a.astype(FLOAT32), b.astype(FLOAT32), precision=jax.lax.Precision.HIGHEST)
-    a_high, b_high = a.astype(BFLOAT16), b.astype(BFLOAT16)
-    found = dot(a_high, b_high)
-    if passes == 3:  # an operand that is bfloat16 has no lower part
-        if a.dtype != BFLOAT16:
-            found += dot((a - a_high.astype(FLOAT32)).astype(BFLOAT16), b_high)
-        if b.dtype != BFLOAT16:
-            found += dot(a_high, (b - b_high.astype(FLOAT32)).astype(BFLOAT16))
-    return found
+        return _dot(kind, a.astype(FLOAT32), b.astype(FLOAT32), jax.lax.Precision.HIGHEST)
+    if kind != "tn":
+        return _products(kind, (passes,), (a,), b)[0]
+    parts = _parts(passes, a)
+    if a.shape[2] % LANES == 0:
+        found = _dot(kind, jnp.concatenate(parts, axis=2), b.astype(BFLOAT16))
+        found = jnp.split(found, len(parts), axis=1)
+    else:
+        found = [_dot(kind, x, b.astype(BFLOAT16)) for x in parts]
+    if passes == 3 and b.dtype != BFLOAT16:
+        found.append(_dot(kind, parts[0], _parts(passes, b)[1]))
+    return functools.reduce(jnp.add, found)
+
+
+def _dot(kind, a, b, precision=None):
+    dimensions = _CONTRACT[kind], ((0,), (0,))
+    return jax.lax.dot_general(
+        a, b, dimensions, precision=precision, preferred_element_type=FLOAT32
+    )
+
+
+def _parts(passes, x):
+    """What a product takes of x: its bfloat16, and for 3 passes what that leaves, if anything."""
+    high = x.astype(BFLOAT16)
+    if passes == 1 or x.dtype == BFLOAT16:
+        return [high]
+    return [high, (x - high.astype(FLOAT32)).astype(BFLOAT16)]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def products(kind: str, passes: tuple, arrays: tuple, b: jax.Array) -> tuple[jax.Array, ...]:
+    """`product` of each of `arrays`, with its `passes`, and one b; kind "nn" or "nt".
+
+    Together, because to load b into the matrix unit takes a TPU v6e as long as to multiply 128 rows
+    with it.
+    """
+    return _products(kind, passes, arrays, b)
+
+
+def _products(kind, passes, arrays, b):
+    if 6 in passes:
+        return tuple(_product(kind, n, a, b) for n, a in zip(passes, arrays, strict=True))
+    parts = [_parts(n, a) for n, a in zip(passes, arrays, strict=True)]
+    meet = [[(n, x) for n, each in enumerate(parts) for x in each]]
+    if 3 in passes and b.dtype != BFLOAT16:
+        meet.append([(n, each[0]) for n, each in enumerate(parts) if passes[n] == 3])
+    found = [[] for _ in parts]
+    for rows, b_part in zip(meet, _parts(max(passes), b), strict=True):
+        whole = _dot(kind, jnp.concatenate([x for _, x in rows], axis=1), b_part)
+        ends = itertools.accumulate(x.shape[1] for _, x in rows[:-1])
+        for (n, _), own in zip(rows, jnp.split(whole, list(ends), axis=1), strict=True):
+            found[n].append(own)
+    return tuple(functools.reduce(jnp.add, each) for each in found)
+
+
+def _products_backward(kind, passes, saved, cotangents):
+    arrays, b = saved
+    own, turned = _BACKWARD[kind]
+    d_arrays = _products(own[0], passes, cotangents, b)
+    d_b = [
+        _product(turned[0], n, *(dict(a=a, c=c)[x] for x in turned[1]))
+        for n, a, c in zip(passes, arrays, cotangents, strict=True)
+    ]
+    d_arrays = tuple(d.astype(a.dtype) for d, a in zip(d_arrays, arrays, strict=True))
+    return d_arrays, functools.reduce(jnp.add, d_b).astype(b.dtype)
+
+
+products.defvjp(
+    lambda kind, passes, arrays, b: (_products(kind, passes, arrays, b), (arrays, b)),
+    _products_backward,
+)
 
 
 def _product_backward(kind, passes, arrays, cotangent):
@@ -76,23 +138,10 @@ def columns(*rows: jax.Array) -> list[jax.Array]:
     return [jnp.stack(each[i : i + number]) for i in range(0, len(each), number)]
 
 
-def positions(chunk: int) -> tuple[jax.Array, jax.Array]:
-    """int32 [1, chunk, chunk] twice: the row and the column of each entry."""
-    shape = (1, chunk, chunk)
-    return jax.lax.broadcasted_iota(jnp.int32, shape, 1), jax.lax.broadcasted_iota(
-        jnp.int32, shape, 2
-    )
-
-
-def straddles(size: int, i: jax.Array, j: jax.Array) -> jax.Array:
-    """True where i is in the later and j in the earlier half of one block of 2 x size."""
-    return ((i ^ j) >> (size.bit_length() - 1) == 1) & (i > j)
-
-
 class Masks(NamedTuple):
     """As `chunks.ChunkMasks`: bool, or None for all true.
 
-    pairs [1, C, C]: j <= i in one segment. from_start and to_end [1, C, 1], carried [1, 1, 1].
+    pairs [1, C, W]: j <= i in one segment. from_start and to_end [1, C, 1], carried [1, 1, 1].
     """
 
     pairs: jax.Array
@@ -101,14 +150,15 @@ class Masks(NamedTuple):
     carried: jax.Array | None
 
 
-def masks(shared: jax.Array | None, chunk: int) -> Masks:
-    """From the rows that `mask_rows` made, [3, C], or None for one segment."""
-    i, j = positions(chunk)
+def masks(shared: jax.Array | None, chunk: int, side: int = 1) -> Masks:
+    """From the rows that `mask_rows` made, [3, C], or None for one segment; see `squares`."""
+    i, j = positions(chunk, side)
     if shared is None:
         return Masks(i >= j, None, None, None)
     index, from_start, to_end = (shared[r : r + 1] for r in range(3))
     own, start, end = columns(index, from_start, to_end)
     carried = from_start[:, None, chunk - 1 :] > 0
+    index = jnp.concatenate([index] * side, axis=1)
     return Masks((i >= j) & (own == index[:, None]), start > 0, end > 0, carried)
 
 
@@ -173,7 +223,7 @@ def split_sums(
 class HeadDecay(NamedTuple):
     """Decays of one chunk, one a head.
 
-    between [H, C, C]: from j to i, 0 where not `seen`. from_start [H, C, 1]: from the chunk's start
+    between [N, C, W]: from j to i, 0 where not `seen`. from_start [H, C, 1]: from the chunk's start
     as a read sees it. to_end [H, C, 1]. total [H, 1, 1].
     """
 
@@ -184,20 +234,37 @@ class HeadDecay(NamedTuple):
 
 
 def head_decay(read: tuple, write: tuple, seen: jax.Array, shared: jax.Array | None) -> HeadDecay:
-    """From coarse and fine sums [H, C] of `split_sums`: at a read, and after a write.
+    """From coarse and fine sums [N, W] of `split_sums`: at a read, and after a write.
 
-
-    seen: bool [1, C, C]; shared: as of `masks`. Differences across a border between segments mean
+    seen: bool [1, C, W]; shared: as of `masks`. Differences across a border between segments mean
     nothing and can be positive: they are masked before exp.
     """
-    ends = tuple(x[:, -1:] for x in write)
+    chunk = seen.shape[1]
+    number, width = write[0].shape
+    side = width // chunk
+    ends = tuple(_ends(x, chunk) for x in write)
     start = jnp.exp(read[0] + read[1])
     end = (ends[0] - write[0]) + (ends[1] - write[1])
-    end = jnp.exp(end if shared is None else jnp.where(shared[2:3] > 0, end, 0))
-    coarse, fine, start, end = columns(*read, start, end)
+    if shared is not None:
+        end = jnp.where(jnp.concatenate([shared[2:3]] * side, axis=1) > 0, end, 0)
+    coarse, fine, start, end = columns(*read, start, jnp.exp(end))
+    coarse, fine = squares.across(coarse, side), squares.across(fine, side)
     between = (coarse - write[0][:, None]) + (fine - write[1][:, None])
     between = jnp.where(seen, jnp.exp(jnp.where(seen, between, 0)), 0)
-    return HeadDecay(between, start, end, jnp.exp(ends[0] + ends[1])[:, None])
+    total = jnp.exp(ends[0] + ends[1])
+    places = [(n, p * chunk % total.shape[1]) for n in range(number) for p in range(side)]
+    total = jnp.stack([total[n : n + 1, p : p + 1] for n, p in places])
+    start, end = (x.reshape(number * side, chunk, 1) for x in (start, end))
+    return HeadDecay(between, start, end, total)
+
+
+def _ends(x: jax.Array, chunk: int) -> jax.Array:
+    """[N, W]: in each head's columns its last one; [N, 1] of one head."""
+    column = jax.lax.broadcasted_iota(jnp.int32, (1, x.shape[1]), 1)
+    found = x[:, -1:]
+    for stop in range(x.shape[1] - chunk, 0, -chunk):
+        found = jnp.where(column < stop, x[:, stop - 1 : stop], found)
+    return found
 
 
 # --- decay of a channel --------------------------------------------------------------------------
@@ -270,26 +337,53 @@ other_half.defvjp(
 )
 
 
-def decayed_products(
-    passes: int, rows: jax.Array, columns: jax.Array, decays: list[jax.Array], diagonal: bool
-) -> jax.Array:
-    """sum_d rows_id columns_jd decay(j to i)_d for j < i, [H, C, C]; above the diagonal 0.
+def scores(passes: tuple, rows: tuple, columns: jax.Array, side: int) -> list[jax.Array]:
+    """rows columns^T of each head, for each of `rows`, all [H, C, D]: [N, C, W] each."""
+    rows = tuple(squares.stacked(x, side) for x in rows)
+    found = products("nt", passes, rows, squares.stacked(columns, side))
+    return [squares.own(x, side) for x in found]
 
-    decays: of each level, [H, C, D]. diagonal: has rows_i . columns_i, else 0.
+
+def weighted(passes: int, weights: jax.Array, values: jax.Array, side: int) -> jax.Array:
+    """weights values of each head, of [N, C, W] and [H, C, D]: [H, C, D]."""
+    found = squares.spread(weights, side)
+    found = product("nn", passes, found, squares.stacked(values, side))
+    return found.reshape(values.shape)
+
+
+def decayed_products(
+    passes: tuple,
+    rows: tuple,
+    columns: jax.Array,
+    decays: list[tuple],
+    diagonal: tuple,
+    side: int = 1,
+) -> list[jax.Array]:
+    """sum_d rows_id columns_jd decay(j to i)_d for j < i, [N, C, W] for each of `rows`.
+
+    passes, diagonal: for each of `rows`; diagonal: has rows_i . columns_i, else 0. Above the
+    diagonal 0. decays: of each level, [H, C, D] for each of `rows`, alike in the earlier halves.
 
     A pair meets at the one level at which it straddles the border between two halves.
     """
-    chunk = rows.shape[1]
-    i, j = positions(chunk)
-    rows, columns = rows.astype(FLOAT32), columns.astype(FLOAT32)
-    found = jnp.zeros((rows.shape[0], chunk, chunk), FLOAT32)
-    if diagonal:
-        found = jnp.where(i == j, jnp.sum(rows * columns, axis=2, keepdims=True), found)
+    heads, chunk, _ = columns.shape
+    i, j = positions(chunk, side)
+    columns = columns.astype(FLOAT32)
+    rows = tuple(x.astype(FLOAT32) for x in rows)
+    found = [jnp.zeros((heads // side, chunk, side * chunk), FLOAT32)] * len(rows)
+    for n, x in enumerate(rows):
+        if diagonal[n]:
+            same = squares.stacked(jnp.sum(x * columns, axis=2, keepdims=True), side)
+            found[n] = jnp.where(i == j, squares.across(same, side), found[n])
     size = 1
     for decay in decays:
-        found = jnp.where(
-            straddles(size, i, j), product("nt", passes, rows * decay, columns * decay), found
-        )
+        half = squares.half(size)
+        meet = straddles(size, squares.later(half, i), squares.later(half, j))
+        later = tuple(squares.later(half, x * d) for x, d in zip(rows, decay, strict=True))
+        each = scores(passes, later, columns * decay[0], side)
+        for n, x in enumerate(each):
+            x = jnp.where(meet, x, squares.later(half, found[n]))
+            found[n] = squares.put_later(half, x, found[n])
         size *= 2
     return found
 
@@ -317,35 +411,53 @@ def decayed_sum(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def unit_lower_inverse(passes: int, a: jax.Array) -> jax.Array:
-    """(I + tril(a, -1))^-1 for a float32 [H, C, C] by block doubling; C is a power of two.
+    """(I + tril(a, -1))^-1 of each head, for a float32 [N, C, W] (see `squares`), C a power of two.
 
-    With x the solved diagonal blocks of one size, and l what joins pairs of them, the blocks of
-    twice the size are x - x l x. See `triangular.unit_lower_inverse` for why not Neumann squaring.
+    By block doubling: with x the solved diagonal blocks of one size and l_s what joins two of size
+    s, those of twice the size are x - x l_s x. In place of a, y = (all that joins blocks not yet
+    solved) x is kept: its part y_s = l_s x solves the next size in one product, and the same
+    product brings the rest up to date,
+
+        x <- x - x y_s,    y <- y - y y_s,
+
+    so that log2 C products wait for one another. See `triangular.unit_lower_inverse` for why not
+    Neumann squaring.
     """
-    chunk = a.shape[-1]
-    i, j = positions(chunk)
-
-    def joins(size):
-        return jnp.where(straddles(size, i, j), a, 0)
-
-    # Blocks of 2 and 4 without the matrix unit: (I - l1) l2 (I - l1), with l1 one number a pair
-    one, two = joins(1), joins(2)
-    below, beside = one.sum(axis=2, keepdims=True), one.sum(axis=1, keepdims=True)
-    left = two - below * pltpu.roll(two, 1, 1)
-    right = left - beside * pltpu.roll(left, chunk - 1, 2)
-    inverse = jnp.where(i == j, 1.0, -one - right)
-    size = 4
+    _, chunk, width = a.shape
+    side = width // chunk
+    i, j = positions(chunk, side)
+    joins = jnp.where(straddles(1, i, j), a, 0)
+    inverse = jnp.where(i == j, 1.0, -joins)
+    rest = jnp.where(i ^ j >= 2, a, 0)  # what is above the diagonal is never taken
+    size = 1
     while size < chunk:
-        inner = _product("nn", passes, joins(size), inverse)
-        inverse = inverse - _product("nn", passes, inverse, inner)
+        found = []
+        if size > 1:
+            joins = jnp.where(straddles(size, i, j), rest, 0)
+            found.append(squares.later(squares.half(size), inverse))
+        start = 2 * size if (2 * size) % SUBLANES == 0 else 0  # no row before it is in the rest
+        if 2 * size < chunk:
+            found.append(rest[:, start:])
+        each = [x.shape[1] for x in found]
+        change = _product("nn", passes, jnp.concatenate(found, axis=1), squares.spread(joins, side))
+        if size > 1:
+            later = found[0] - change[:, : each[0]]
+            inverse = squares.put_later(squares.half(size), later, inverse)
+        if 2 * size < chunk:
+            rest = found[-1] - change[:, -each[-1] :]
+            if start:
+                rest = jnp.concatenate([jnp.zeros_like(a[:, :start]), rest], axis=1)
         size *= 2
     return inverse
 
 
 def _inverse_backward(passes, inverse, cotangent):
-    i, j = positions(inverse.shape[-1])
-    inner = _product("nt", passes, cotangent, inverse)
-    return (jnp.where(i > j, -_product("tn", passes, inverse, inner), 0),)
+    _, chunk, width = inverse.shape
+    side = width // chunk
+    i, j = positions(chunk, side)
+    inner = _product("nt", passes, cotangent, squares.spread(inverse, side))
+    found = squares.own(_product("tn", passes, inverse, inner), side)
+    return (jnp.where(i > j, -found, 0),)
 
 
 def _inverse_forward(passes, a):

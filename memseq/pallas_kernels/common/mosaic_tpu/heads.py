@@ -17,13 +17,17 @@ LARGEST = {"key_dim": 256, "value_dim": 512}  # whose state and chunks fit the v
 
 
 class Call(NamedTuple):
-    """One call of an operation: how to make its operands, and its chunk's function."""
+    """One call of an operation: how to make its operands, and its chunk's function.
+
+    turned: the kernel's state is [value_dim, key_dim], else [key_dim, value_dim].
+    """
 
     name: str
     step: recurrence.Step
     operands: Callable[[tuple], recurrence.Operands]
     plan: recurrence.Plan
     value: jax.Array
+    turned: bool = True
 
 
 def limit(query: jax.Array, value: jax.Array, state: jax.Array) -> str | None:
@@ -37,11 +41,14 @@ def limit(query: jax.Array, value: jax.Array, state: jax.Array) -> str | None:
     return None
 
 
-def plan(query: jax.Array, value: jax.Array, chunk_size: int | None, most: int) -> recurrence.Plan:
+def plan(
+    query: jax.Array, value: jax.Array, chunk_size: int | None, most: int, at_once: int = 8
+) -> recurrence.Plan:
     """Chunks of up to `most` steps, as many heads and chunks at once as the vector memory holds.
 
-    Eight heads: one after another, the matrix unit would wait for each one's chain of products.
-    Eight chunks: what a grid step costs by itself is then less than a fifth.
+    Several heads (`at_once`, of a register's width): one after another, the matrix unit would wait
+    for each one's chain of products. Eight chunks, or four of sixteen heads: what a grid step costs
+    by itself is then less than a fifth.
     """
     time, heads = query.shape[1:3]
     wanted = min(most, most if chunk_size is None else chunk_size, time)
@@ -49,10 +56,10 @@ def plan(query: jax.Array, value: jax.Array, chunk_size: int | None, most: int) 
     registers = -(-max(query.shape[3], value.shape[3]) // LANES)
     bytes_each = max(query.dtype.itemsize, value.dtype.itemsize, 2)
     all_chunks = -(-time // chunk)
-    most_chunks = max(1, 16 // (bytes_each * registers))
+    together = recurrence.largest_divisor(heads, max(1, at_once // registers))
+    most_chunks = max(1, 128 // (bytes_each * registers * max(8, together * registers)))
     grid_steps = -(-all_chunks // most_chunks)
-    at_once = recurrence.largest_divisor(heads, max(1, 8 // registers))
-    return recurrence.Plan(chunk, -(-all_chunks // grid_steps), at_once)
+    return recurrence.Plan(chunk, -(-all_chunks // grid_steps), together)
 
 
 def passes(*inputs: jax.Array) -> int:
@@ -69,7 +76,7 @@ def forward(call: Call, arrays: tuple) -> tuple[jax.Array, jax.Array]:
     out = jax.ShapeDtypeStruct(shape, kernel_dtype(call.value.dtype))
     (out,), state = recurrence.forward(call.step, operands, (out,), call.plan, name=call.name)
     out = from_sequences(out, call.value.shape).astype(call.value.dtype)
-    return out, from_state(state, call.value.shape[0])
+    return out, from_state(state, call.value.shape[0], call.turned)
 
 
 def backward(call: Call, arrays: tuple, cotangents: tuple) -> tuple:
@@ -83,7 +90,7 @@ def backward(call: Call, arrays: tuple, cotangents: tuple) -> tuple:
     found = recurrence.backward(
         call.step,
         recurrence.Operands(*made, fixed, shared),
-        ((d_out,), to_state(d_state)),
+        ((d_out,), to_state(d_state, call.turned)),
         call.plan,
         name=call.name,
     )
@@ -109,14 +116,15 @@ def to_rows(x: jax.Array, plan: recurrence.Plan) -> jax.Array:
     return jnp.swapaxes(x.reshape(-1, plan.heads, x.shape[1] // plan.chunk, plan.chunk), 1, 2)
 
 
-def to_state(state: jax.Array) -> jax.Array:
-    """[batch, heads, key_dim, value_dim] -> [batch x heads, value_dim, key_dim]."""
-    return jnp.swapaxes(state.reshape(-1, *state.shape[2:]), 1, 2)
+def to_state(state: jax.Array, turned: bool = True) -> jax.Array:
+    """[batch, heads, key_dim, value_dim] -> [batch x heads, value_dim, key_dim] if turned."""
+    state = state.reshape(-1, *state.shape[2:])
+    return jnp.swapaxes(state, 1, 2) if turned else state
 
 
-def from_state(state: jax.Array, batch: int) -> jax.Array:
+def from_state(state: jax.Array, batch: int, turned: bool = True) -> jax.Array:
     """The inverse."""
-    state = jnp.swapaxes(state, 1, 2)
+    state = jnp.swapaxes(state, 1, 2) if turned else state
     return state.reshape(batch, -1, *state.shape[1:])
 
 
