@@ -14,7 +14,7 @@ from memseq.pallas_kernels.common.mosaic_tpu import blocks, recurrence, squares
 from memseq.pallas_kernels.common.mosaic_tpu import heads as heads_of
 
 NAME = "diagonal_plus_low_rank"
-CHUNK = 32  # fewest cycles a step on v5e and v6e, and half the time to compile that 64 takes
+CHUNK = 32  # 64 takes 6 to 10 % fewer cycles on a v6e, and 4 to 9 % more on a v5e
 
 
 def limit(query, key, value, a, b, log_decay, state, index, **options):
