@@ -76,7 +76,7 @@ from memseq.layers.recurrent.reservoir import EchoState, ReservoirMemory
 from memseq.layers.recurrent.wave_rnn import WaveRNN
 from memseq.layers.shared.cross_decoder_attention import CrossDecoderAttention, SharedAttention
 from memseq.layers.shared.gated_memory_unit import GatedMemoryUnit, SharedMemory
-from memseq.layers.state_space.eidetic import BMojo, MemMamba
+from memseq.layers.state_space.bmojo import BMojo
 from memseq.layers.state_space.h3 import H3
 from memseq.layers.state_space.hippo_memory import HiPPOMemory
 from memseq.layers.state_space.hydra import Hydra
@@ -85,6 +85,7 @@ from memseq.layers.state_space.lru import LRU
 from memseq.layers.state_space.mamba import Mamba, PolarizedMamba
 from memseq.layers.state_space.mamba2 import Mamba2
 from memseq.layers.state_space.mamba3 import Mamba3, Mamba3MIMO
+from memseq.layers.state_space.mem_mamba import MemMamba
 from memseq.layers.state_space.s4 import LSSL, S4
 from memseq.layers.state_space.s4d import DSS, S4D, SMR
 from memseq.layers.state_space.s5 import S5, BidirectionalS5

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from memseq.layers.common.base import check_layer_index, state_dataclass
 from memseq.layers.common.parts import merge_heads, split_heads
-from memseq.layers.state_space.eidetic import MemMamba, MemMambaState, attend
+from memseq.layers.state_space.kept_tokens import attend
+from memseq.layers.state_space.mem_mamba import MemMamba, MemMambaState
 from memseq.pallas_kernels.common.checks import check_count
 
 _SUMMARIES = "layered_mem_mamba"
