@@ -25,6 +25,7 @@ from tests.layers.harness import (
     run64,
     sigmoid,
 )
+from tests.pallas_kernels.harness import assert_close
 
 
 def mlstm(layer, params, x):
@@ -186,6 +187,17 @@ def test_with_open_gates_it_is_linear_attention():
         read, _ = linear_attention(query, key, ones, implementation="reference")
         want = read[..., :-1] / np.maximum(np.abs(read[..., -1:]), 1)
     np.testing.assert_allclose(out, want, rtol=0, atol=1e-12)
+
+
+def test_heads_can_share_keys():
+    """And gates of 16 bits do not make a 16-bit memory or stabiliser."""
+    query, key, value, *gates = map(np.float32, example(heads=4)[:5])
+    query, key = query[:, :, :2], key[:, :, :2]
+    gates = [jnp.asarray(gate, jnp.bfloat16) for gate in gates]
+    shared = mlstm_memory(query, key, value, *gates)
+    repeated = mlstm_memory(*(x.repeat(2, axis=2) for x in (query, key)), value, *gates)
+    assert_close(shared, repeated, 1e-6)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(shared))
 
 
 @pytest.mark.parametrize("size", [100.0, 1000.0])

@@ -219,7 +219,7 @@ BAD = {
         "key: expected query's [batch, time, key_heads, key_dim] = [3, 97, 6, 24], got": {
             "key": zeros(3, 97, 6, 23)
         },
-        "value: expected [batch, time, heads, value_dim] = [any, any, any, any], got": {
+        "value: expected [batch, time, heads, value_dim] = [3, 97, any, any], got": {
             "value": zeros(3, 97, 20)
         },
         "log_input: expected [batch, time, heads] = [3, 97, 6], got": {"log_input": zeros(3, 97)},
@@ -348,18 +348,6 @@ MORE = {
 # Any number is a scale, any truth value a switch; the descriptions of a memory check themselves.
 UNCHECKED = {"scale", "causal", "return_energy", "loss", "retention"}
 
-COMPUTED_FIRST = (
-    "key: expected an ",
-    "segment_ids: expected int32 [batch, time], got list",
-    "segment_ids: expected [",
-)
-LATE = pytest.mark.xfail(reason="mlstm computes with keys, ids and gates before it checks them")
-
-
-def not_yet(name, *values):
-    """A row of a test that mlstm does not pass."""
-    return pytest.param(name, *values, marks=LATE if name == "mlstm" else ())
-
 
 def example(name, shape, dtype):
     """The operation's example: its arrays as shapes and dtypes, and its options."""
@@ -429,9 +417,8 @@ def inherited(name):
 def rows(name):
     found = []
     for message, changes in (inherited(name) | BAD[name]).items():
-        late = name == "mlstm" and message.startswith(COMPUTED_FIRST)
         label = f"{name}-{message.partition(': expected')[0]}"
-        found.append(pytest.param(name, message, changes, marks=LATE if late else (), id=label))
+        found.append(pytest.param(name, message, changes, id=label))
     return found
 
 
@@ -454,7 +441,7 @@ def test_every_argument_is_checked(name):
     assert set(parameters(name)) <= set(re.findall(r"\w+", messages)) | UNCHECKED
 
 
-@pytest.mark.parametrize("name", [not_yet(name) for name in OPERATIONS])
+@pytest.mark.parametrize("name", OPERATIONS)
 def test_another_size_fits_or_is_named(name):
     """Each array with one more in an axis, and without its first axis: no error from within."""
     arguments = good(name) | MORE.get(name, {}) | {"implementation": "chunked"}
@@ -557,7 +544,7 @@ RETURNS = {
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [not_yet(name, shape) for name in OPERATIONS for shape in OPERATIONS[name].shapes.SHAPES],
+    [(name, shape) for name in OPERATIONS for shape in OPERATIONS[name].shapes.SHAPES],
 )
 def test_named_shapes(name, shape):
     shape = OPERATIONS[name].shapes.SHAPES[shape]

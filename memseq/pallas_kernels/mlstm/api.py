@@ -3,8 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from memseq.pallas_kernels.common import context
-from memseq.pallas_kernels.common.checks import check_array
+from memseq.pallas_kernels.common import checks, context
 from memseq.pallas_kernels.common.segments import begins, hide_padding
 from memseq.pallas_kernels.linear_attention import linear_attention
 
@@ -36,7 +35,7 @@ def mlstm(
     Args:
         query, key: [batch, time, heads, key_dim], as `linear_attention` takes them.
         value: [batch, time, heads, value_dim].
-        log_input, log_forget: float32 [batch, time, heads], log i of any size and log f <= 0.
+        log_input, log_forget: [batch, time, heads], log i of any size and log f <= 0.
         scale: of the query; None is key_dim ** -0.5.
         initial_state: (memory [batch, heads, key_dim, value_dim + 1], stabilizer [batch, heads]),
             where exp(stabilizer) memory is what is remembered and the stabiliser at least 0; None
@@ -49,20 +48,21 @@ def mlstm(
     Raises:
         ValueError: for shapes that do not fit, and for a form that does not exist.
     """
-    check_array("value", value, (None,) * 4, "[batch, time, heads, value_dim]")
+    batch, time, _, _, heads, _ = checks.check_pairs(query, key, value)
     for name, gate in (("log_input", log_input), ("log_forget", log_forget)):
-        check_array(name, gate, value.shape[:3], "[batch, time, heads]")
-    memory = None
-    start = jnp.zeros((value.shape[0], value.shape[2]), jnp.float32)
-    if initial_state is not None:
-        memory, start = initial_state
-        check_array("stabilizer", start, (value.shape[0], value.shape[2]), "[batch, heads]")
+        checks.check_array(name, gate, (batch, time, heads), "[batch, time, heads]")
+    checks.check_segment_ids(segment_ids, batch, time)
+    dtype = checks.state_dtype(query, key, value, log_input, log_forget)
+    log_input, log_forget = (x.astype(dtype) for x in (log_input, log_forget))
+    memory, start = (None, None) if initial_state is None else initial_state
+    start = checks.check_state(start, (batch, heads), dtype, "[batch, heads]", "stabilizer")
     log_write, log_decay, level, last = stabilized(log_input, log_forget, start, segment_ids)
-    wide = value.astype(jnp.promote_types(value.dtype, jnp.float32))
+    wide = value.astype(dtype)
+    wide = jnp.concatenate([wide, jnp.ones_like(wide[..., :1])], axis=-1)
     out, memory = linear_attention(
         query,
-        (jnp.exp(log_write)[..., None] * key).astype(key.dtype),
-        jnp.concatenate([wide, jnp.ones_like(wide[..., :1])], axis=-1),
+        key,
+        jnp.exp(log_write)[..., None] * wide,
         log_decay,
         scale=scale,
         initial_state=memory,
